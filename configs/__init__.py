@@ -1,0 +1,1 @@
+"""Presets and the one place that reads settings."""

@@ -1,0 +1,1 @@
+"""Volumes and pictures to captioned training folders; never imports torch."""

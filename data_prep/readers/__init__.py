@@ -1,0 +1,1 @@
+"""One small file per storage: each gives planes along Z."""

@@ -1,0 +1,1 @@
+"""Generation and measurements of what a model makes, kept and forgot."""

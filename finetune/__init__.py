@@ -1,0 +1,1 @@
+"""Recipes of Stable Diffusion fine-tuning, one a file."""

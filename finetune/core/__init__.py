@@ -1,0 +1,1 @@
+"""The parts that recipes are made of; knows nothing about recipes."""

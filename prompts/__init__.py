@@ -1,0 +1,1 @@
+"""The language shared by captions, prompts and probes."""
