@@ -1,0 +1,220 @@
+"""The dataset folder: rows, manifest, hashes and atomic publication."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import hashlib
+import json
+import shutil
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+
+from configs.errors import InputError, UsageError
+
+METADATA_NAME = "metadata.jsonl"
+MANIFEST_NAME = "manifest.json"
+# One of these shows that a folder was written by a command of this project, and may be replaced on request.
+_OWN_FILES = (MANIFEST_NAME, "config.yaml")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SliceRow:
+    """One picture of a dataset folder, as a line of ``metadata.jsonl``.
+
+    Attributes:
+        file_name: the picture's name, relative to the folder of its split.
+        text: the caption.
+        volume: name of the volume it was cut from, unique within the dataset.
+        state: state of the material.
+        axis: the direction the slice is perpendicular to.
+        index: position of the slice along that direction, in stored voxels.
+        box: (z0, z1, y0, y1, x0, x1), half-open, in stored voxels. Smaller than the picture where it was padded.
+        width: columns, in px.
+        height: rows, in px.
+        um_per_px: (row, column) size of a pixel in micrometres; None if unknown, and then absent from the file.
+    """
+
+    file_name: str
+    text: str
+    volume: str
+    state: str
+    axis: str
+    index: int
+    box: tuple[int, int, int, int, int, int]
+    width: int
+    height: int
+    um_per_px: tuple[float, float] | None = None
+
+
+@contextlib.contextmanager
+def publish(folder: Path, *, overwrite: bool = False) -> Iterator[Path]:
+    """Yield ``<folder>.partial`` to write into; rename it to ``folder`` on success, remove it on failure.
+
+    With ``overwrite`` the old folder stays in place until the new one is whole.
+
+    Raises:
+        UsageError: ``folder`` is a file; it is not empty and ``overwrite`` is False; or it holds nothing that shows
+            that a command of this project wrote it, and is therefore not replaced at all.
+    """
+    check_free(folder, overwrite=overwrite)
+    target = folder.resolve()
+    partial = target.with_name(target.name + ".partial")
+    if partial.exists():
+        shutil.rmtree(partial)
+    partial.mkdir(parents=True)
+    try:
+        yield partial
+        _swap_in(partial, target)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+
+
+def check_free(folder: Path, *, overwrite: bool = False) -> None:
+    """Raise UsageError now if ``publish`` would refuse this folder, before any work is done for it."""
+    if folder.exists() and not folder.is_dir():
+        raise UsageError(f"--output_dir {folder}: is a file; name a folder")
+    if not folder.is_dir() or not any(folder.iterdir()):
+        return
+    if not overwrite:
+        raise UsageError(f"--output_dir {folder}: already holds files; name another folder or pass --overwrite")
+    if not any((folder / name).is_file() for name in _OWN_FILES):
+        raise UsageError(
+            f"--output_dir {folder}: --overwrite replaces only folders that hold {' or '.join(_OWN_FILES)}, "
+            "and this one holds other files; name another folder"
+        )
+
+
+def _swap_in(partial: Path, target: Path) -> None:
+    """Put the whole folder in place of the old one, which is deleted last."""
+    old = target.with_name(target.name + ".old")
+    if target.exists() and any(target.iterdir()):
+        if old.exists():
+            shutil.rmtree(old)
+        target.rename(old)
+    partial.rename(target)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def write_rows(split_folder: Path, rows: Iterable[SliceRow]) -> None:
+    """Write ``metadata.jsonl`` into ``split_folder``, with the same keys in every row.
+
+    Raises:
+        ValueError: ``um_per_px`` is known for some rows and unknown for others.
+    """
+    rows = list(rows)
+    if len({row.um_per_px is None for row in rows}) > 1:
+        raise ValueError("um_per_px must be given for all rows or for none")
+    lines = (json.dumps(_without_unknown(row)) + "\n" for row in rows)
+    (split_folder / METADATA_NAME).write_text("".join(lines), encoding="utf-8")
+
+
+def _without_unknown(row: SliceRow) -> dict[str, object]:
+    """Return the row as a dict, without a pixel size that is not known."""
+    record = dataclasses.asdict(row)
+    if row.um_per_px is None:
+        del record["um_per_px"]
+    else:
+        record["um_per_px"] = [float(size) for size in row.um_per_px]
+    return record
+
+
+def read_rows(split_folder: Path) -> list[SliceRow]:
+    """Read the rows of one split, such as ``data/weave/train``; columns beyond ours are left out.
+
+    Raises:
+        InputError: no ``metadata.jsonl``, a line that is not JSON or lacks a column, or a file name that leaves the
+            folder.
+    """
+    path = split_folder / METADATA_NAME
+    rows = []
+    for number, record in read_records(path):
+        try:
+            rows.append(_row_from(record))
+        except KeyError as error:
+            raise InputError(f"{path}:{number}: no column {error}; slice the volumes again or add it") from None
+        except (TypeError, ValueError) as error:
+            raise InputError(f"{path}:{number}: {error}") from None
+    return rows
+
+
+def read_records(path: Path) -> list[tuple[int, dict[str, object]]]:
+    """Read a JSON-lines file as (line number, object) pairs.
+
+    Raises:
+        InputError: the file is missing, or a line of it is not a JSON object.
+    """
+    try:
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
+    except FileNotFoundError:
+        raise InputError(f"{path}: there is no such file; is {path.parent} the folder of a split?") from None
+    except UnicodeDecodeError:
+        raise InputError(f"{path}: not UTF-8 text") from None
+    records = []
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        try:
+            record = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise InputError(f"{path}:{number}: not JSON ({error.msg})") from None
+        if not isinstance(record, dict):
+            raise InputError(f"{path}:{number}: expected a JSON object, got {type(record).__name__}")
+        records.append((number, record))
+    return records
+
+
+def is_inside(file_name: str) -> bool:
+    """Return whether a relative file name stays inside the folder it is relative to."""
+    path = PurePosixPath(file_name)
+    return bool(file_name) and not path.is_absolute() and ".." not in path.parts and "\\" not in file_name
+
+
+def _row_from(record: Mapping[str, object]) -> SliceRow:
+    """Check the types of one record and make a row of it."""
+    text = {name: record[name] for name in ("file_name", "text", "volume", "state", "axis")}
+    whole = {name: record[name] for name in ("index", "width", "height")}
+    box, um_per_px = record["box"], record.get("um_per_px")
+    if not all(isinstance(value, str) for value in text.values()):
+        raise ValueError(f"{', '.join(text)} must be text")
+    if not all(type(value) is int for value in whole.values()):
+        raise ValueError(f"{', '.join(whole)} must be whole numbers")
+    if not isinstance(box, list) or len(box) != 6 or not all(type(value) is int for value in box):
+        raise ValueError(f"box must be six whole numbers z0, z1, y0, y1, x0, x1, got {box}")
+    if um_per_px is not None and (not isinstance(um_per_px, list) or len(um_per_px) != 2):
+        raise ValueError(f"um_per_px must be two numbers, row and column, got {um_per_px}")
+    if not is_inside(str(text["file_name"])):
+        raise ValueError(f"file_name {text['file_name']!r} leaves its folder")
+    size = None if um_per_px is None else (float(um_per_px[0]), float(um_per_px[1]))
+    return SliceRow(**text, **whole, box=tuple(box), um_per_px=size)  # type: ignore[arg-type]
+
+
+def write_manifest(dataset: Path, manifest: Mapping[str, object]) -> None:
+    """Write ``manifest.json`` into a dataset folder."""
+    (dataset / MANIFEST_NAME).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
+
+
+def read_manifest(dataset: Path) -> dict[str, object]:
+    """Read ``manifest.json`` of a dataset folder, such as ``data/weave``.
+
+    Raises:
+        InputError: the file is missing or is not a JSON object.
+    """
+    path = dataset / MANIFEST_NAME
+    try:
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise InputError(f"{path}: there is no such file; is {dataset} a dataset folder?") from None
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise InputError(f"{path}: not JSON ({error})") from None
+    if not isinstance(manifest, dict):
+        raise InputError(f"{path}: expected a JSON object, got {type(manifest).__name__}")
+    return manifest
+
+
+def sha256_of(path: Path) -> str:
+    """Return the SHA-256 of the whole file, as 64 hexadecimal digits."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,126 @@
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from pathlib import Path
+
+import pytest
+
+from configs.errors import InputError, UsageError
+from data_prep.manifest import SliceRow, publish, read_manifest, read_rows, sha256_of, write_rows
+
+ROW = SliceRow(
+    file_name="dry-warp-00003.png",
+    text="sf_dry sf_warp",
+    volume="dry",
+    state="dry",
+    axis="warp",
+    index=3,
+    box=(0, 4, 3, 4, 0, 6),
+    width=6,
+    height=4,
+)
+
+
+def test_publish_puts_the_folder_in_place_only_at_the_end(tmp_path: Path) -> None:
+    target = tmp_path / "deep" / "out"
+    with publish(target) as folder:
+        (folder / "a.txt").write_text("a")
+        assert not target.exists()
+    assert (target / "a.txt").read_text() == "a"
+    assert [path.name for path in target.parent.iterdir()] == ["out"]
+
+
+def test_publish_leaves_nothing_behind_when_the_body_fails(tmp_path: Path) -> None:
+    with pytest.raises(KeyboardInterrupt), publish(tmp_path / "out") as folder:
+        (folder / "a.txt").write_text("a")
+        raise KeyboardInterrupt
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_publish_refuses_a_folder_that_holds_files(tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_text("x: 1")
+    with pytest.raises(UsageError, match="--overwrite"), publish(tmp_path):
+        pass
+    assert (tmp_path / "config.yaml").exists()
+
+
+def test_publish_keeps_the_old_folder_when_overwriting_fails(tmp_path: Path) -> None:
+    target = tmp_path / "out"
+    target.mkdir()
+    (target / "config.yaml").write_text("old")
+    with pytest.raises(RuntimeError), publish(target, overwrite=True):
+        raise RuntimeError
+    assert (target / "config.yaml").read_text() == "old"
+
+
+def test_publish_replaces_the_old_folder_as_a_whole(tmp_path: Path) -> None:
+    target = tmp_path / "out"
+    target.mkdir()
+    (target / "config.yaml").write_text("old")
+    with publish(target, overwrite=True) as folder:
+        (folder / "new.txt").write_text("new")
+    assert [path.name for path in target.iterdir()] == ["new.txt"]
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_publish_never_replaces_a_folder_of_something_else(tmp_path: Path) -> None:
+    (tmp_path / "thesis.tex").write_text("years of work")
+    with pytest.raises(UsageError, match="holds other files"), publish(tmp_path, overwrite=True):
+        pass
+    assert (tmp_path / "thesis.tex").exists()
+
+
+@pytest.mark.parametrize("row", [ROW, dataclasses.replace(ROW, um_per_px=(10.0, 12.5))])
+def test_rows_survive_a_round_trip(tmp_path: Path, row: SliceRow) -> None:
+    write_rows(tmp_path, [row])
+    assert read_rows(tmp_path) == [row]
+
+
+def test_a_row_has_exactly_the_columns_of_the_contract(tmp_path: Path) -> None:
+    write_rows(tmp_path, [dataclasses.replace(ROW, um_per_px=(10, 12))])
+    line = (tmp_path / "metadata.jsonl").read_text()
+    assert list(json.loads(line)) == "file_name text volume state axis index box width height um_per_px".split()
+    assert line.endswith('"um_per_px": [10.0, 12.0]}\n')
+
+
+def test_an_unknown_pixel_size_is_absent_from_the_file(tmp_path: Path) -> None:
+    write_rows(tmp_path, [ROW])
+    assert "um_per_px" not in (tmp_path / "metadata.jsonl").read_text()
+
+
+def test_rows_with_and_without_pixel_size_do_not_mix(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="um_per_px"):
+        write_rows(tmp_path, [ROW, dataclasses.replace(ROW, um_per_px=(1.0, 1.0))])
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("{", "metadata.jsonl:1: not JSON"),
+        ("[1]", "expected a JSON object, got list"),
+        ('{"file_name": "a.png"}', "no column 'text'"),
+        (json.dumps(dataclasses.asdict(ROW) | {"file_name": "../../etc/a.png"}), "leaves its folder"),
+        (json.dumps(dataclasses.asdict(ROW) | {"file_name": "/etc/a.png"}), "leaves its folder"),
+        (json.dumps(dataclasses.asdict(ROW) | {"box": [0, 1]}), "box must be six"),
+        (json.dumps(dataclasses.asdict(ROW) | {"index": "3"}), "whole numbers"),
+    ],
+)
+def test_a_bad_row_is_named_with_its_line(tmp_path: Path, line: str, message: str) -> None:
+    (tmp_path / "metadata.jsonl").write_text(line)
+    with pytest.raises(InputError, match=message):
+        read_rows(tmp_path)
+
+
+def test_a_folder_without_rows_or_manifest_is_named(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="no such file; is .* the folder of a split"):
+        read_rows(tmp_path)
+    with pytest.raises(InputError, match="no such file; is .* a dataset folder"):
+        read_manifest(tmp_path)
+
+
+def test_the_hash_is_of_the_whole_file(tmp_path: Path) -> None:
+    content = bytes(range(256)) * 5000
+    (tmp_path / "a").write_bytes(content)
+    assert sha256_of(tmp_path / "a") == hashlib.sha256(content).hexdigest()
