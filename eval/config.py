@@ -1,0 +1,40 @@
+"""Settings of the evaluation that other rooms share; torch-free, so that ``--help`` stays fast."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+Sampler = Literal["dpmsolver++", "unipc", "ddim", "euler", "pndm", "ddpm", "model"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplingConfig:
+    """How a (prompt, seed) becomes pixels."""
+
+    num_inference_steps: int = 25
+    """Denoising steps per picture."""
+    guidance_scale: float = 7.5
+    """Classifier-free guidance; 1 or less switches it off."""
+    scheduler: Sampler = "dpmsolver++"
+    """Sampler, set up from the model's own noise schedule; `model` keeps the one saved with the model."""
+    height: int | None = None
+    """Rows in pixels, a multiple of 8. Default: the training size of the adapter, else the model's own size."""
+    width: int | None = None
+    """Columns in pixels, a multiple of 8. Default as for the height."""
+    batch_size: int = 16
+    """Pictures denoised together. Another batch size may move single pixels by one grey level."""
+    negative_prompt: str = ""
+    """What guidance leads away from."""
+
+    def __post_init__(self) -> None:
+        if self.num_inference_steps < 1:
+            raise ValueError(f"--num_inference_steps {self.num_inference_steps}: at least 1")
+        if not self.guidance_scale >= 0:
+            raise ValueError(f"--guidance_scale {self.guidance_scale}: 0 or more")
+        if self.batch_size < 1:
+            raise ValueError(f"--batch_size {self.batch_size}: at least 1")
+        for flag, value in (("--height", self.height), ("--width", self.width)):
+            if value is not None and (value < 8 or value % 8):
+                below = max(8, value // 8 * 8)
+                raise ValueError(f"{flag} {value}: a multiple of 8 is needed; nearest: {below} or {below + 8}")
