@@ -1,0 +1,204 @@
+"""Distances between sets of feature vectors, accuracies, and the intervals that belong to them.
+
+Slices of one volume resemble their neighbours, so a thousand of them are not a thousand samples. Every interval here resamples
+whole blocks (contiguous slabs on the real side, seeds on the generated side), and pairs from one block are left out of the kernel means.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.stats import binomtest
+
+Floats = NDArray[np.float64]
+Ints = NDArray[np.int64]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Interval:
+    """A value with the ends of its 95 % interval."""
+
+    value: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sample:
+    """Feature vectors of one set of pictures with what is known of their dependence.
+
+    Attributes:
+        features: (N, D), one row a picture.
+        strata: (N,) label of the class a picture belongs to, such as its caption.
+        blocks: (N,) label of the block a picture was cut from; pictures of one block are not independent.
+    """
+
+    features: Floats
+    strata: Ints
+    blocks: Ints
+
+    def __len__(self) -> int:
+        return len(self.features)
+
+    def take(self, index: NDArray[np.int64] | NDArray[np.bool_]) -> Sample:
+        """Return the pictures at ``index``."""
+        return Sample(features=self.features[index], strata=self.strata[index], blocks=self.blocks[index])
+
+
+def cubic_kernel(a: Floats, b: Floats) -> Floats:
+    """Return k(x, y) = (x . y / D + 1)^3 for all pairs of rows, (N, D) and (M, D) -> (N, M).
+
+    Source: Binkowski et al. 2018, Demystifying MMD GANs, section 4.
+    """
+    kernel: Floats = (a @ b.T / a.shape[1] + 1.0) ** 3
+    return kernel
+
+
+def kid(a: Floats, b: Floats) -> float:
+    """Return the kernel inception distance: the unbiased squared MMD under the cubic kernel; it may be negative.
+
+    Args:
+        a: features of one set, (N, D) with N >= 2.
+        b: features of the other set, (N, D), the same N.
+
+    Raises:
+        ValueError: fewer than two rows, or different shapes.
+
+    Source: Binkowski et al. 2018, equation 4.
+    """
+    _check_pair(a, b)
+    n = len(a)
+    within = sum(kernel.sum() - np.trace(kernel) for kernel in (cubic_kernel(a, a), cubic_kernel(b, b))) / (n * (n - 1))
+    return float(within - 2 * cubic_kernel(a, b).mean())
+
+
+def blocked_kid(a: Sample, b: Sample, *, draws: int = 1000, seed: int = 0) -> Interval:
+    """Return the KID of two stratified samples of correlated pictures, with its block-bootstrap interval.
+
+    The mean kernel of each pair of strata is taken over pairs from different blocks, and the strata are weighted by their share of
+    the pictures, so neither neighbouring slices nor the mix of captions bias the distance. With one stratum and one picture per block
+    it is ``kid``. A stratum with a single block has no pair to offer; its pictures then count as independent.
+
+    Args:
+        a: one set.
+        b: the other set, with the same number of pictures in each stratum.
+        draws: bootstrap resamples.
+        seed: of the resampling.
+
+    Raises:
+        ValueError: the strata do not hold equal numbers on both sides, or fewer than two pictures each.
+    """
+    _check_pair(a.features, b.features)
+    strata, counts = np.unique(a.strata, return_counts=True)
+    other, other_counts = np.unique(b.strata, return_counts=True)
+    if not (np.array_equal(strata, other) and np.array_equal(counts, other_counts)):
+        raise ValueError("the two sets must hold the same number of pictures in each stratum")
+    if counts.min() < 2:
+        raise ValueError("each stratum needs at least two pictures")
+    share = counts / counts.sum()
+    sides = [_split_lone_blocks(sample) for sample in (a, b)]
+    onehots = [np.equal.outer(sample.strata, strata).astype(np.float64) for sample in sides]
+    allowed = [np.not_equal.outer(sample.blocks, sample.blocks).astype(np.float64) for sample in sides]
+    kernels = [
+        cubic_kernel(sample.features, sample.features) * pairs for sample, pairs in zip(sides, allowed, strict=True)
+    ]
+    cross = cubic_kernel(a.features, b.features)
+
+    def distance(*weights: Floats) -> float:
+        members = [onehot * weight[:, None] for onehot, weight in zip(onehots, weights, strict=True)]
+        within = 0.0
+        for rows, kernel, pairs in zip(members, kernels, allowed, strict=True):
+            total, number = rows.T @ kernel @ rows, rows.T @ pairs @ rows
+            # A draw may pick one block of a stratum only: its own mean is then unknown, and the stratum sits that draw out.
+            weight = np.outer(share, share) * (number > 0)
+            within += float((weight * total / np.where(number > 0, number, 1.0)).sum() / weight.sum())
+        between = members[0].T @ cross @ members[1] / np.outer(members[0].sum(axis=0), members[1].sum(axis=0))
+        return within - 2 * float(share @ between @ share)
+
+    generator = np.random.default_rng(seed)
+    resampled = [distance(*(_draw_weights(sample, generator) for sample in sides)) for _ in range(draws)]
+    return _interval(distance(*(np.ones(len(sample)) for sample in sides)), resampled)
+
+
+def block_bootstrap(
+    statistic: Callable[[Floats], float], strata: Ints, blocks: Ints, *, draws: int = 1000, seed: int = 0
+) -> Interval:
+    """Return ``statistic(weights)`` with the interval from resampling the blocks of each stratum with replacement.
+
+    Args:
+        statistic: function of (N,) weights; all ones gives the value, whole multiplicities the resamples.
+        strata: (N,) class labels; blocks are resampled within them.
+        blocks: (N,) block labels.
+        draws: bootstrap resamples.
+        seed: of the resampling.
+    """
+    sample = _split_lone_blocks(Sample(features=np.zeros((len(strata), 1)), strata=strata, blocks=blocks))
+    generator = np.random.default_rng(seed)
+    resampled = [statistic(_draw_weights(sample, generator)) for _ in range(draws)]
+    return _interval(statistic(np.ones(len(strata))), resampled)
+
+
+def confusion(expected: Ints, seen: Ints, classes: int, weights: Floats | None = None) -> Floats:
+    """Return the (classes, classes) table of counts, rows as expected, columns as seen."""
+    table = np.zeros((classes, classes))
+    np.add.at(table, (expected, seen), 1.0 if weights is None else weights)
+    return table
+
+
+def balanced_accuracy(table: Floats) -> float:
+    """Return the mean recall over the classes that occur, from a confusion table."""
+    total = table.sum(axis=1)
+    present = total > 0
+    return float((np.diag(table)[present] / total[present]).mean())
+
+
+def accuracy_interval(
+    expected: Ints, seen: Ints, classes: int, strata: Ints, blocks: Ints, *, draws: int = 1000, seed: int = 0
+) -> Interval:
+    """Return the balanced accuracy with the wider of its block-bootstrap and Wilson intervals.
+
+    A bootstrap of a perfect score has no width; the Wilson interval says what so few pictures can promise.
+    """
+    boot = block_bootstrap(
+        lambda weights: balanced_accuracy(confusion(expected, seen, classes, weights)), strata, blocks, draws=draws, seed=seed
+    )
+    hits = round(boot.value * len(expected))
+    wilson = binomtest(hits, len(expected)).proportion_ci(method="wilson")
+    return Interval(value=boot.value, low=min(boot.low, float(wilson.low)), high=max(boot.high, float(wilson.high)))
+
+
+def _check_pair(a: Floats, b: Floats) -> None:
+    """Refuse sets of different size: distances at unequal N cannot be compared with each other."""
+    if a.shape != b.shape or len(a) < 2:
+        raise ValueError(f"two sets of equal size, at least two pictures each, are needed; got {a.shape} and {b.shape}")
+
+
+def _split_lone_blocks(sample: Sample) -> Sample:
+    """Give each picture of a stratum with a single block a block of its own: nothing else is left to resample."""
+    blocks = np.unique(sample.blocks, return_inverse=True)[1]
+    fresh = np.arange(len(sample)) + blocks.max() + 1
+    for stratum in np.unique(sample.strata):
+        members = sample.strata == stratum
+        if len(np.unique(blocks[members])) == 1:
+            blocks = np.where(members, fresh, blocks)
+    return Sample(features=sample.features, strata=sample.strata, blocks=blocks)
+
+
+def _draw_weights(sample: Sample, generator: np.random.Generator) -> Floats:
+    """Return how often each picture occurs when the blocks of every stratum are drawn again with replacement."""
+    weights = np.zeros(len(sample))
+    for stratum in np.unique(sample.strata):
+        members = sample.strata == stratum
+        names, index = np.unique(sample.blocks[members], return_inverse=True)
+        multiplicity = np.bincount(generator.integers(len(names), size=len(names)), minlength=len(names))
+        weights[members] = multiplicity[index]
+    return weights
+
+
+def _interval(value: float, resampled: list[float]) -> Interval:
+    """Return the 2.5 and 97.5 % quantiles of the resampled values around the value."""
+    low, high = np.quantile(resampled, (0.025, 0.975))
+    return Interval(value=value, low=float(min(low, value)), high=float(max(high, value)))
