@@ -1,0 +1,109 @@
+"""Probe prompts: asked of the base and of the tuned model to see what the tuning changed elsewhere.
+
+A probe file names its sets and gives every probe a stable id, by which results are compared over time:
+
+    version: 1
+    light: [horse-beach]            the probes of a short check; all of them without this line
+    sets:
+      G0: {title: anchors, probes: {horse-beach: horse on a beach}}
+
+The sets: G0 anchors, G1 words that share tokens with the captions, G2 neighbours of the domain, G3 far from it, G4 the
+empty prompt, G5 both worlds in one prompt. A set of another name is judged like G3.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import yaml
+
+from configs.errors import UsageError
+
+FOLDER = Path(__file__).with_name("probes")
+LONGEST_PROMPT = 1000
+MOST_PROBES = 1000
+
+
+@dataclass(frozen=True, kw_only=True)
+class Probe:
+    """One prompt with its stable id, its set and whether a light check asks it."""
+
+    id: str
+    prompt: str
+    set: str
+    is_light: bool = True
+
+
+def read_probes(name: str) -> list[Probe]:
+    """Read a built-in probe list by its name, or a file.
+
+    Args:
+        name: ``tiny``, ``stable_diffusion``, or the path of a YAML probe file or of a text file with a prompt per line.
+
+    Raises:
+        UsageError: no such list or file, or the file is not a probe file, saying what is wrong in it.
+    """
+    built_in = {path.stem: path for path in FOLDER.glob("*.yaml")}
+    path = built_in.get(name, Path(name))
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError):
+        raise UsageError(f"--probes {name}: neither a readable file nor one of {', '.join(sorted(built_in))}") from None
+    if path.suffix.lower() not in {".yaml", ".yml"}:
+        return _numbered(prompt_lines(text, f"--probes {name}"))
+    try:
+        content = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise UsageError(f"--probes {name}: not readable as YAML ({' '.join(str(error).split())})") from None
+    if isinstance(content, list):
+        return _numbered(checked_prompts(content, f"--probes {name}"))
+    return _from_sets(content, f"--probes {name}")
+
+
+def probes_hash(probes: list[Probe]) -> str:
+    """Return a SHA-256 of the ids, sets and prompts, in order: equal hashes mean comparable results."""
+    text = json.dumps([[probe.set, probe.id, probe.prompt] for probe in probes])
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def prompt_lines(text: str, where: str) -> list[str]:
+    """Return the prompts of a text with one per line, blank lines left out."""
+    return checked_prompts([line.strip() for line in text.splitlines() if line.strip()], where)
+
+
+def checked_prompts(prompts: list[object], where: str) -> list[str]:
+    """Return the prompts as given, or raise UsageError if they are not bounded text, or none."""
+    if not 0 < len(prompts) <= MOST_PROBES:
+        raise UsageError(f"{where}: holds {len(prompts)} prompts; from 1 to {MOST_PROBES}")
+    for number, prompt in enumerate(prompts, start=1):
+        if not isinstance(prompt, str) or len(prompt) > LONGEST_PROMPT:
+            raise UsageError(f"{where}: prompt {number} is not text of at most {LONGEST_PROMPT} characters (quote it?)")
+    return [str(prompt) for prompt in prompts]
+
+
+def _numbered(prompts: list[str]) -> list[Probe]:
+    """Make probes of a plain list."""
+    return [Probe(id=f"p{number:03d}", prompt=prompt, set="own") for number, prompt in enumerate(prompts, start=1)]
+
+
+def _from_sets(content: object, where: str) -> list[Probe]:
+    """Check the mapping of a probe file and flatten it."""
+    if not isinstance(content, dict) or not isinstance(content.get("sets"), dict) or content.get("version") != 1:
+        raise UsageError(f"{where}: expected 'version: 1' and 'sets:' with a title and probes each")
+    light = content.get("light")
+    found: list[Probe] = []
+    for name, group in content["sets"].items():
+        prompts = group.get("probes") if isinstance(group, dict) else None
+        if not isinstance(prompts, dict) or not all(isinstance(key, str) for key in prompts):
+            raise UsageError(f"{where}: set {name} needs 'probes:' with lines 'id: prompt' (ids are text; quote them?)")
+        for key, prompt in zip(prompts, checked_prompts(list(prompts.values()), f"{where}: set {name}"), strict=True):
+            found.append(Probe(id=key, prompt=prompt, set=str(name), is_light=light is None or key in light))
+    ids = [probe.id for probe in found]
+    if repeated := sorted({key for key in ids if ids.count(key) > 1}):
+        raise UsageError(f"{where}: ids must be unique, and these are not: {', '.join(repeated)}")
+    if light is not None and (not isinstance(light, list) or set(light) - set(ids)):
+        raise UsageError(f"{where}: 'light:' must list ids of this file")
+    return found
