@@ -1,0 +1,260 @@
+"""Settings shared by the recipes: frozen values, without torch, spelled as in diffusers' example scripts.
+
+A recipe composes those it honours; every field becomes a flag and a YAML key of the same name. Defaults are those of
+diffusers' ``train_text_to_image_lora.py`` unless the field says otherwise.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+
+def _refuse(flag: str, value: object, allowed: str) -> ValueError:
+    """Say which setting is wrong, its value, and what is allowed."""
+    return ValueError(f"--{flag} {value}: {allowed}")
+
+
+def _need_positive(**values: float | None) -> None:
+    """Refuse the first given value that is not above zero."""
+    for flag, value in values.items():
+        if value is not None and not value > 0:
+            raise _refuse(flag, value, "must be above 0")
+
+
+def _need_not_negative(**values: float | None) -> None:
+    """Refuse the first given value below zero."""
+    for flag, value in values.items():
+        if value is not None and not value >= 0:
+            raise _refuse(flag, value, "must be 0 or more")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """The Stable Diffusion to start from."""
+
+    pretrained_model_name_or_path: str
+    """Folder in diffusers' format (safetensors), or a model id of the Hugging Face hub."""
+    revision: str | None = None
+    """Revision of the hub model."""
+    variant: str | None = None
+    """Variant of the weight files, such as fp16."""
+    cache_dir: Path | None = None
+    """Where models of the hub are kept; the library's own place if absent."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageFolderConfig:
+    """A folder of 8-bit images with ``metadata.jsonl``, and how its images become training pictures."""
+
+    train_data_dir: Path
+    """Folder with images and metadata.jsonl (a line per image: file_name, text)."""
+    image_column: str = "image"
+    """Column of the images: `image` reads file_name, any other name NAME reads NAME_file_name, as `datasets` does."""
+    caption_column: str = "text"
+    """Key of metadata.jsonl that holds the caption."""
+    max_train_samples: int | None = None
+    """Train on this many images, drawn by the seed; all if absent."""
+    resolution: int | None = None
+    """Side of the training pictures in px, a multiple of the VAE's scale factor; the model's own size if absent."""
+    center_crop: bool = True
+    """Crop the centre after the shorter side is resized. `--no_center_crop` crops anew, at random, each time an image
+    is used; the latents of images that are not square can then not be cached. (diffusers: random by default)"""
+    random_flip: bool = False
+    """Refused: a mirrored slice is another slice (weave direction), and its caption would not say so."""
+    image_interpolation_mode: Literal["nearest", "box", "bilinear", "hamming", "bicubic", "lanczos"] = "lanczos"
+    """Filter that resizes images (Pillow's, antialiased)."""
+    caption_dropout: float = 0.0
+    """Share of draws in which an image comes with the empty caption, which guidance leans on. Ours."""
+    latent_cache_dir: Path | None = None
+    """Where encoded images are kept; OUTPUT_DIR/cache if absent. Runs may share one. Ours."""
+    dataloader_num_workers: int = 0
+    """Threads that read and decode images while they are encoded; 0: none beside the main one."""
+    dataset_name: str | None = None
+    """Refused: data sets of the hub are not read; download it and give its folder as --train_data_dir."""
+
+    def __post_init__(self) -> None:
+        """Check ranges."""
+        if self.dataset_name is not None:
+            raise _refuse("dataset_name", self.dataset_name, "not read here; give a folder as --train_data_dir")
+        if self.random_flip:
+            raise _refuse(
+                "random_flip", self.random_flip, "a mirrored slice changes direction; cut more slices instead"
+            )
+        _need_positive(resolution=self.resolution, max_train_samples=self.max_train_samples)
+        _need_not_negative(dataloader_num_workers=self.dataloader_num_workers)
+        if not 0 <= self.caption_dropout < 1:
+            raise _refuse("caption_dropout", self.caption_dropout, "must be in [0, 1)")
+
+
+@dataclass(frozen=True, kw_only=True)
+class NoiseConfig:
+    """How pictures are made noisy."""
+
+    noise_offset: float = 0.0
+    """Strength of noise shared by a whole channel, so that overall brightness can be learned; 0.05 to 0.1 is usual."""
+    prediction_type: Literal["epsilon", "v_prediction"] | None = None
+    """What the model predicts; read from the model's scheduler if absent."""
+
+    def __post_init__(self) -> None:
+        """Check ranges."""
+        _need_not_negative(noise_offset=self.noise_offset)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ObjectiveConfig:
+    """What is minimised."""
+
+    snr_gamma: float | None = None
+    """Min-SNR weighting with this limit (5.0 is the paper's); none if absent."""
+
+    def __post_init__(self) -> None:
+        """Check ranges."""
+        _need_positive(snr_gamma=self.snr_gamma)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoraConfig:
+    """Low-rank adapters on the U-Net."""
+
+    rank: int = 4
+    """Rank of the adapters."""
+    lora_alpha: float | None = None
+    """The adapters' output is scaled by lora_alpha / rank; equal to rank if absent."""
+    lora_targets: Literal["attention", "attention+resnet"] = "attention"
+    """Layers that get adapters: the attention projections, or the ResNet convolutions too. Ours."""
+
+    def __post_init__(self) -> None:
+        """Check ranges."""
+        _need_positive(rank=self.rank, lora_alpha=self.lora_alpha)
+
+    @property
+    def alpha(self) -> float:
+        """The alpha in force."""
+        return float(self.rank if self.lora_alpha is None else self.lora_alpha)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PreviewConfig:
+    """Pictures rendered during training, always from the same prompts and seeds."""
+
+    validation_prompt: tuple[str, ...] = ()
+    """Prompts to render, one or several; none: no previews."""
+    num_validation_images: int = 4
+    """Pictures a prompt."""
+    validation_epochs: int = 1
+    """Epochs between previews."""
+    validation_steps: int | None = None
+    """Steps between previews; wins over validation_epochs. Ours."""
+
+    def __post_init__(self) -> None:
+        """Check ranges."""
+        _need_positive(
+            num_validation_images=self.num_validation_images,
+            validation_epochs=self.validation_epochs,
+            validation_steps=self.validation_steps,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """The loop: how long, how fast, where to, and how to go on."""
+
+    output_dir: Path
+    """Run folder. The same command continues a run that holds a checkpoint."""
+    overwrite: bool = False
+    """Start anew in a folder that holds a run; its checkpoints, pictures and weights go. Ours."""
+    seed: int | None = None
+    """Seed of every random draw; drawn once and written to config.yaml if absent."""
+    train_batch_size: int = 16
+    """Images per process in one forward pass."""
+    num_train_epochs: int = 100
+    """Passes over the images; max_train_steps wins."""
+    max_train_steps: int | None = None
+    """Optimizer updates in all."""
+    gradient_accumulation_steps: int = 1
+    """Forward passes per optimizer update."""
+    gradient_checkpointing: bool = False
+    """Compute activations again in the backward pass: less memory, about a third more time."""
+    learning_rate: float = 1e-4
+    """Learning rate before the schedule's factor."""
+    scale_lr: bool = False
+    """Multiply the learning rate by the images per update (accumulation x batch x processes)."""
+    lr_scheduler: Literal[
+        "linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup"
+    ] = "constant"
+    """Schedule of the learning rate, by diffusers' names."""
+    lr_warmup_steps: int = 500
+    """Steps over which the learning rate rises from 0; `constant` has no warm-up."""
+    adam_beta1: float = 0.9
+    """Decay of AdamW's first moment."""
+    adam_beta2: float = 0.999
+    """Decay of AdamW's second moment."""
+    adam_weight_decay: float = 1e-2
+    """AdamW's weight decay."""
+    adam_epsilon: float = 1e-8
+    """AdamW's epsilon."""
+    max_grad_norm: float = 1.0
+    """Gradients are scaled down to this norm."""
+    mixed_precision: Literal["no", "fp16", "bf16"] | None = None
+    """Precision of the forward pass; what learns is float32 in any case. From `accelerate launch` if absent."""
+    allow_tf32: bool = False
+    """Let matrix products use TF32 on NVIDIA GPUs."""
+    checkpointing_steps: int = 500
+    """Steps between checkpoints."""
+    checkpoints_total_limit: int | None = None
+    """Checkpoints to keep; all if absent."""
+    resume_from_checkpoint: str | None = None
+    """`latest` (what happens anyway), the name of a checkpoint in output_dir, or the path of one."""
+    logging_steps: int = 10
+    """Steps between lines of metrics.jsonl. Ours."""
+    report_to: str = "tensorboard"
+    """Tracker: tensorboard, wandb, comet_ml, all, or none."""
+    logging_dir: str = "logs"
+    """Folder of the trackers, within output_dir."""
+
+    def __post_init__(self) -> None:
+        """Check ranges."""
+        _need_positive(
+            train_batch_size=self.train_batch_size,
+            num_train_epochs=self.num_train_epochs,
+            max_train_steps=self.max_train_steps,
+            gradient_accumulation_steps=self.gradient_accumulation_steps,
+            learning_rate=self.learning_rate,
+            adam_epsilon=self.adam_epsilon,
+            max_grad_norm=self.max_grad_norm,
+            checkpointing_steps=self.checkpointing_steps,
+            checkpoints_total_limit=self.checkpoints_total_limit,
+            logging_steps=self.logging_steps,
+        )
+        _need_not_negative(
+            seed=self.seed, lr_warmup_steps=self.lr_warmup_steps, adam_weight_decay=self.adam_weight_decay
+        )
+        for flag, value in (("adam_beta1", self.adam_beta1), ("adam_beta2", self.adam_beta2)):
+            if not 0 <= value < 1:
+                raise _refuse(flag, value, "must be in [0, 1)")
+
+
+CHANGEABLE = frozenset(
+    {
+        "max_train_steps",
+        "num_train_epochs",
+        "checkpointing_steps",
+        "checkpoints_total_limit",
+        "resume_from_checkpoint",
+        "logging_steps",
+        "logging_dir",
+        "report_to",
+        "validation_prompt",
+        "num_validation_images",
+        "validation_epochs",
+        "validation_steps",
+        "dataloader_num_workers",
+        "latent_cache_dir",
+        "cache_dir",
+        "output_dir",
+        "overwrite",
+    }
+)
+"""Options in which a continued run may differ from how it began: none of them touches the trained weights of a step."""

@@ -1,0 +1,307 @@
+"""Load the parts of a Stable Diffusion, put adapters on them, and name them by their content.
+
+Shapes: prompts N, token places L, embedding width D, latents (B, 4, h, w).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import sys
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from configs.errors import InputError, UsageError
+
+if TYPE_CHECKING:
+    from diffusers import AutoencoderKL, SchedulerMixin, StableDiffusionPipeline, UNet2DConditionModel
+    from transformers import CLIPTextModel, CLIPTokenizer
+
+LORA_FILE = "pytorch_lora_weights.safetensors"
+"""The file name diffusers looks for."""
+PROVENANCE_KEY = "provenance"
+"""Key of the safetensors metadata that holds what ``provenance.json`` holds."""
+_PARTS = ("scheduler", "text_encoder", "tokenizer", "unet", "vae")
+
+
+@dataclass(kw_only=True)
+class Models:
+    """The parts of one Stable Diffusion; ``scheduler`` is diffusers', as loaded, and ``name`` what the user typed."""
+
+    tokenizer: CLIPTokenizer
+    text_encoder: CLIPTextModel
+    vae: AutoencoderKL
+    unet: UNet2DConditionModel
+    scheduler: SchedulerMixin
+    name: str
+
+    @property
+    def vae_scale_factor(self) -> int:
+        """Pixels per latent cell, along each side."""
+        return 2 ** (len(self.vae.config.block_out_channels) - 1)
+
+    @property
+    def size_px(self) -> int:
+        """Side of the square picture the U-Net was made for, in pixels."""
+        return int(self.unet.config.sample_size) * self.vae_scale_factor
+
+
+class Denoiser(nn.Module):
+    """Text encoder and U-Net as the one module that is trained, whatever of it learns."""
+
+    def __init__(self, text_encoder: nn.Module, unet: nn.Module) -> None:
+        """Take the modules as they are."""
+        super().__init__()
+        self.text_encoder = text_encoder
+        self.unet = unet
+
+    def forward(self, noisy_latents: Tensor, timesteps: Tensor, prompt_embeds: Tensor) -> Tensor:
+        """Predict epsilon or v, whichever the U-Net learned.
+
+        Args:
+            noisy_latents: (B, 4, h, w), scaled.
+            timesteps: (B,) int64, in [0, number of training timesteps).
+            prompt_embeds: (B, L, D) embeddings, or (B, L) int64 token ids for the text encoder to read first.
+
+        Returns:
+            (B, 4, h, w).
+        """
+        if not prompt_embeds.is_floating_point():
+            prompt_embeds = self.text_encoder(prompt_embeds)[0]
+        return self.unet(noisy_latents, timesteps, encoder_hidden_states=prompt_embeds, return_dict=False)[0]
+
+
+def load_models(
+    name_or_path: str,
+    *,
+    revision: str | None = None,
+    variant: str | None = None,
+    cache_dir: Path | None = None,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype = torch.float32,
+) -> Models:
+    """Load a Stable Diffusion 1.x or 2.x from a folder in diffusers' format or the hub, frozen, in eval mode.
+
+    Only safetensors are read and no remote code is run. The scheduler, and with it the prediction type, is the model's.
+
+    Raises:
+        UsageError: there is no such model, it is not in this format, or its weights are pickled.
+    """
+    quiet_libraries()
+    from diffusers import StableDiffusionPipeline
+
+    _check_local_folder(name_or_path)
+    try:
+        pipeline = StableDiffusionPipeline.from_pretrained(
+            name_or_path,
+            revision=revision,
+            variant=variant,
+            cache_dir=cache_dir,
+            dtype=dtype,
+            use_safetensors=True,
+            safety_checker=None,
+            feature_extractor=None,
+            image_encoder=None,
+            requires_safety_checker=False,
+        )
+    except (OSError, ValueError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise UsageError(
+            f"--pretrained_model_name_or_path {name_or_path}: cannot be loaded as a Stable Diffusion ({reason})"
+        ) from error
+    models = Models(
+        tokenizer=pipeline.tokenizer,
+        text_encoder=pipeline.text_encoder,
+        vae=pipeline.vae,
+        unet=pipeline.unet,
+        scheduler=pipeline.scheduler,
+        name=name_or_path,
+    )
+    for part in (models.text_encoder, models.vae, models.unet):
+        part.requires_grad_(False).eval().to(device)
+    return models
+
+
+def _check_local_folder(name_or_path: str) -> None:
+    """Refuse a path that is no diffusers folder before a library looks for it on the hub."""
+    path = Path(name_or_path)
+    if path.is_file():
+        raise UsageError(
+            f"--pretrained_model_name_or_path {name_or_path}: is a file; a folder in diffusers' format is needed "
+            "(convert with diffusers' scripts/convert_original_stable_diffusion_to_diffusers.py --to_safetensors)"
+        )
+    if path.is_dir():
+        if not (path / "model_index.json").is_file():
+            raise UsageError(f"--pretrained_model_name_or_path {name_or_path}: holds no model_index.json")
+        if not list((path / "unet").glob("*.safetensors")):
+            raise UsageError(
+                f"--pretrained_model_name_or_path {name_or_path}: unet/ holds no safetensors file; pickled weights are "
+                "not read (convert: load in diffusers, save_pretrained(..., safe_serialization=True))"
+            )
+    elif name_or_path.count("/") != 1 or name_or_path.startswith((".", "/", "~")):
+        raise UsageError(f"--pretrained_model_name_or_path {name_or_path}: there is no such folder")
+
+
+def quiet_libraries() -> None:
+    """Keep diffusers and transformers from writing bars and notices where nobody watches a terminal."""
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    import diffusers
+
+    diffusers.utils.logging.set_verbosity_error()
+    if not sys.stderr.isatty():
+        transformers.logging.disable_progress_bar()
+        diffusers.utils.logging.disable_progress_bar()
+
+
+def tokenize(models: Models, prompts: Sequence[str]) -> Tensor:
+    """Return the token ids (N, L) of prompts, padded to the length of the text encoder.
+
+    Raises:
+        UsageError: a prompt is longer than the text encoder reads; nothing is cut in silence.
+    """
+    length = models.tokenizer.model_max_length
+    ids = models.tokenizer(list(prompts), padding="max_length", max_length=length, truncation=False).input_ids
+    for prompt, row in zip(prompts, ids, strict=True):
+        if len(row) > length:
+            raise UsageError(f"prompt '{prompt}' has {len(row)} tokens; the text encoder reads {length}: shorten it")
+    return torch.tensor(ids, dtype=torch.int64)
+
+
+@torch.no_grad()
+def encode_prompts(models: Models, prompts: Sequence[str]) -> Tensor:
+    """Return the embeddings (N, L, D) of prompts, each different one encoded once, on the model's device.
+
+    Raises:
+        UsageError: a prompt is longer than the text encoder reads.
+    """
+    unique = list(dict.fromkeys(prompts))
+    ids = tokenize(models, unique).to(models.text_encoder.device)
+    # One at a time: what a prompt becomes must not depend on which others were asked for.
+    embeds = torch.cat([models.text_encoder(row[None])[0] for row in ids])
+    index = {prompt: place for place, prompt in enumerate(unique)}
+    return embeds[[index[prompt] for prompt in prompts]]
+
+
+def as_pipeline(models: Models) -> StableDiffusionPipeline:
+    """Return a stock pipeline that shares the modules; the safety checker is never run (it blacks out grey slices)."""
+    quiet_libraries()
+    from diffusers import StableDiffusionPipeline
+
+    pipeline = StableDiffusionPipeline(
+        vae=models.vae,
+        text_encoder=models.text_encoder,
+        tokenizer=models.tokenizer,
+        unet=models.unet,
+        scheduler=models.scheduler,
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+    pipeline.set_progress_bar_config(disable=None)
+    return pipeline
+
+
+def load_adapter(models: Models, path: Path, *, scale: float = 1.0) -> dict[str, object]:
+    """Put a trained LoRA on the U-Net (and text encoder, if it holds such rows); several may be loaded.
+
+    Args:
+        models: changed in place.
+        path: a run folder, or a ``.safetensors`` file in diffusers' LoRA layout.
+        scale: strength; 0 gives the base model exactly.
+
+    Returns:
+        The provenance written by the training run; empty for files of other programs.
+
+    Raises:
+        InputError: no such file, not safetensors, or it does not fit this model.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    file = path / LORA_FILE if path.is_dir() else path
+    if not file.is_file():
+        raise InputError(f"--adapter {path}: there is no {file.name}" + (" in it" if path.is_dir() else ""))
+    if file.suffix != ".safetensors":
+        raise InputError(f"--adapter {path}: only .safetensors files are read, never pickles")
+    try:
+        with safe_open(file, framework="pt") as reader:
+            metadata = reader.metadata() or {}
+        name = f"adapter_{len(getattr(models.unet, 'peft_config', {}))}"
+        with warnings.catch_warnings():
+            # peft warns that an adapter is there already: here that is meant.
+            warnings.filterwarnings("ignore", message="Already found a `peft_config` attribute")
+            # Layers of the file that found no place would be left out of the pictures without a word.
+            warnings.filterwarnings("error", message="While injecting the PEFT adapters, an inconsistency")
+            as_pipeline(models).load_lora_weights(file.parent, weight_name=file.name, adapter_name=name)
+    except (SafetensorError, OSError, ValueError, RuntimeError, RuntimeWarning, KeyError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise InputError(f"--adapter {path}: does not load into {models.name} ({reason})") from error
+    if name not in getattr(models.unet, "peft_config", {}) and name not in getattr(
+        models.text_encoder, "peft_config", {}
+    ):
+        raise InputError(f"--adapter {path}: holds no adapter for the U-Net or the text encoder of {models.name}")
+    _scale_one(models, name, scale)
+    return json.loads(metadata.get(PROVENANCE_KEY, "{}"))
+
+
+def set_adapter_scale(models: Models, scale: float) -> None:
+    """Set the strength of every loaded adapter, for sampling; 0 gives the base model exactly, 1 what was trained."""
+    names = {*getattr(models.unet, "peft_config", {}), *getattr(models.text_encoder, "peft_config", {})}
+    for name in names:
+        _scale_one(models, name, scale)
+
+
+def _scale_one(models: Models, name: str, scale: float) -> None:
+    """Set the strength of one adapter, relative to its alpha / rank, and leave out of the sum what has none."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    for part in (models.unet, models.text_encoder):
+        for layer in part.modules():
+            if isinstance(layer, BaseTunerLayer) and name in layer.scaling:
+                layer.set_scale(name, scale)
+                active = [other for other, strength in layer.scaling.items() if strength != 0]
+                layer.enable_adapters(bool(active))
+                layer.set_adapter(active, inference_mode=True)
+
+
+def file_hash(path: Path) -> str:
+    """Return the SHA-256 of a file, in hexadecimal."""
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def model_hash(name_or_path: str, *, revision: str | None = None, cache_dir: Path | None = None) -> str:
+    """Return a SHA-256 over the names and contents of a model's parts: weights, configs, tokenizer files.
+
+    A folder and its copy under another name have the same hash. A hub model is looked up among the downloaded ones.
+
+    Raises:
+        UsageError: the model is neither a folder nor a downloaded hub model.
+    """
+    folder = Path(name_or_path)
+    if not folder.is_dir():
+        from huggingface_hub import snapshot_download
+
+        try:
+            folder = Path(
+                snapshot_download(name_or_path, revision=revision, cache_dir=cache_dir, local_files_only=True)
+            )
+        except (OSError, ValueError) as error:
+            raise UsageError(f"--pretrained_model_name_or_path {name_or_path}: there is no such folder") from error
+    files = [
+        path
+        for part in _PARTS
+        for path in (folder / part).glob("*")
+        if path.suffix in {".safetensors", ".json", ".txt"}
+    ]
+    digest = hashlib.sha256()
+    for path in sorted(files):
+        digest.update(f"{path.relative_to(folder).as_posix()}\0{file_hash(path)}\n".encode())
+    return digest.hexdigest()
