@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -26,7 +28,7 @@ from tqdm import tqdm
 
 from configs.errors import TisserandError
 from eval.config import SamplingConfig
-from finetune.core.models import Models, as_pipeline, encode_prompts
+from finetune.core.models import LORA_FILE, Models, as_pipeline, encode_prompts, file_hash, load_adapter, load_models
 
 Request = tuple[str, int]
 
@@ -38,6 +40,38 @@ _SCHEDULERS = {
     "pndm": PNDMScheduler,
     "ddpm": DDPMScheduler,
 }
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tuned:
+    """A model with its adapters on.
+
+    Attributes:
+        models: the parts.
+        adapters: name, hash and scale of each adapter.
+        provenances: what each adapter says of its training; empty dictionaries for foreign files.
+    """
+
+    models: Models
+    adapters: list[dict[str, object]]
+    provenances: list[dict[str, object]]
+
+
+def load_tuned(name_or_path: str, adapters: Sequence[Path] = (), scale: float = 1.0) -> Tuned:
+    """Load a model and put adapters on it, on the GPU if there is one."""
+    models = load_models(name_or_path, device="cuda" if torch.cuda.is_available() else "cpu")
+    return put_on(models, adapters, scale)
+
+
+def put_on(models: Models, adapters: Sequence[Path], scale: float = 1.0) -> Tuned:
+    """Put adapters on a loaded model, changing it in place."""
+    provenances = [load_adapter(models, adapter, scale=scale) for adapter in adapters]
+    files = [adapter / LORA_FILE if adapter.is_dir() else adapter for adapter in adapters]
+    described: list[dict[str, object]] = [
+        {"name": str(adapter), "hash": file_hash(file), "scale": scale}
+        for adapter, file in zip(adapters, files, strict=True)
+    ]
+    return Tuned(models=models, adapters=described, provenances=provenances)
 
 
 def sample(
@@ -135,10 +169,7 @@ def make_scheduler(trained: SchedulerMixin, name: str) -> SchedulerMixin:
 
 def picture_size(models: Models, settings: SamplingConfig) -> tuple[int, int]:
     """Return (height, width) in pixels: as set, else the model's own size."""
-    own = models.unet.config.sample_size
-    rows, columns = own if isinstance(own, Sequence) else (own, own)
-    factor = 2 ** (len(models.vae.config.block_out_channels) - 1)
-    return settings.height or rows * factor, settings.width or columns * factor
+    return settings.height or models.size_px, settings.width or models.size_px
 
 
 def contact_sheet(

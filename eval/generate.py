@@ -1,0 +1,185 @@
+r"""Generate slices: prompts x seeds -> pictures, at the size the model was trained on, with a record each.
+
+    python -m eval.generate --pretrained_model_name_or_path assets/tiny-sd --adapter runs/lora \
+        --prompts "sf_dry sf_warp" "sf_injected sf_weft" --num_images 4 --seed 0 --output_dir out/slices
+
+Writes one PNG per picture, records.jsonl, contact_sheet.png and config.yaml. The same request gives the same pixels.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import json
+import re
+import shlex
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from configs.errors import UsageError
+from configs.load import Repeatable, command, save
+from eval.config import SamplingConfig
+
+SHEET_COLUMNS = 8
+SHEET_ROWS = 60
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerateConfig:
+    """Settings of ``python -m eval.generate``."""
+
+    pretrained_model_name_or_path: str
+    """Pipeline folder, or a name on the hub."""
+    adapter: Repeatable[tuple[Path, ...]] = ()
+    """Run folder or LoRA file to put on top; give it several times for several."""
+    adapter_scale: float = 1.0
+    """Strength of the adapters; 0 gives the base model exactly."""
+    prompts: tuple[str, ...] = ()
+    """What to generate."""
+    prompts_file: Path | None = None
+    """More prompts: a text file with one per line, or a YAML list."""
+    num_images: int = 4
+    """Pictures per prompt."""
+    seed: int = 0
+    """The pictures of a prompt have the seeds seed, seed + 1, ..."""
+    sampling: SamplingConfig = SamplingConfig()
+    output_dir: Path
+    """Folder to write."""
+    overwrite: bool = False
+    """Replace the folder if it is there."""
+
+    def __post_init__(self) -> None:
+        """Refuse a request for nothing and seeds that a generator cannot take."""
+        if not self.prompts and self.prompts_file is None:
+            raise ValueError("--prompts: nothing to generate; give prompts, or a --prompts_file")
+        if self.num_images < 1:
+            raise ValueError(f"--num_images {self.num_images}: at least 1")
+        if not 0 <= self.seed < 2**62:
+            raise ValueError(f"--seed {self.seed}: from 0 to 2^62")
+
+
+def main(config: GenerateConfig) -> None:
+    """Load, generate batch by batch, and publish the folder when it is whole."""
+    from data_prep.manifest import check_free, publish
+    from prompts.grids import make_grid, read_prompts
+
+    check_free(config.output_dir, overwrite=config.overwrite)
+    prompts = [*config.prompts, *(read_prompts(config.prompts_file) if config.prompts_file else ())]
+    grid = make_grid(prompts, config.num_images, config.seed)
+
+    from PIL import Image
+    from tqdm import tqdm
+
+    from eval.provenance import base_mismatch, captions_of, dataset_of, size_of
+    from eval.sampling import contact_sheet, load_tuned, require_light, sample
+    from finetune.core.models import model_hash
+
+    tuned = load_tuned(config.pretrained_model_name_or_path, config.adapter, config.adapter_scale)
+    base = {"name": config.pretrained_model_name_or_path, "hash": model_hash(config.pretrained_model_name_or_path)}
+    if other := base_mismatch(tuned.provenances, base["hash"]):
+        print(f"note: the adapter was trained on another base model ({other})", file=sys.stderr)
+    for note in _near_captions(grid.prompts, captions_of(tuned.provenances)):
+        print(note, file=sys.stderr)
+    settings = resolve_size(config.sampling, size_of(tuned.provenances), tuned.models.size_px)
+    config = dataclasses.replace(config, sampling=settings)
+
+    requests, shown = grid.requests, []
+    columns = min(len(grid.seeds), SHEET_COLUMNS)
+    with publish(config.output_dir, overwrite=config.overwrite) as folder:
+        records = []
+        bar = tqdm(total=len(requests), desc="generating", unit="picture", disable=None)
+        for start in range(0, len(requests), settings.batch_size):
+            batch = requests[start : start + settings.batch_size]
+            pictures = sample(tuned.models, batch, settings)
+            require_light(pictures, batch)
+            for index, (picture, (prompt, seed)) in enumerate(zip(pictures, batch, strict=True), start=start):
+                name = picture_name(index // len(grid.seeds), prompt, seed)
+                Image.fromarray(picture).save(folder / name)
+                records.append(_record(name, prompt, seed, settings, base, tuned.adapters))
+                if index % len(grid.seeds) < columns and index // len(grid.seeds) < SHEET_ROWS:
+                    shown.append(picture)
+            bar.update(len(batch))
+        bar.close()
+        rows = min(len(grid.prompts), SHEET_ROWS)
+        labels = [prompt or "(empty prompt)" for prompt in grid.prompts[:rows]]
+        headers = [f"seed {seed}" for seed in grid.seeds[:columns]]
+        contact_sheet(shown, rows, columns, labels, headers).save(folder / "contact_sheet.png")
+        text = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+        (folder / "records.jsonl").write_text(text, encoding="utf-8")
+        save(config, folder / "config.yaml")
+
+    print(
+        f"{len(records)} pictures of {settings.height} x {settings.width} px in {config.output_dir}: "
+        f"{len(grid.prompts)} prompts x {len(grid.seeds)} seeds; look at {config.output_dir / 'contact_sheet.png'}"
+    )
+    print(f"next: {_next(config, dataset_of(config.adapter))}")
+
+
+def resolve_size(settings: SamplingConfig, trained: tuple[int, int] | None, own: int) -> SamplingConfig:
+    """Fill in the height and width: as set, else the training size, else the model's own.
+
+    Raises:
+        UsageError: the training size is not a multiple of 8 and cannot be generated as it is.
+    """
+    height, width = trained or (own, own)
+    height, width = settings.height or height, settings.width or width
+    if height % 8 or width % 8:
+        raise UsageError(
+            f"the adapter was trained at {height} x {width} px, which is not a multiple of 8; pass --height "
+            f"{-(-height // 8) * 8} --width {-(-width // 8) * 8}"
+        )
+    return dataclasses.replace(settings, height=height, width=width)
+
+
+def picture_name(number: int, prompt: str, seed: int) -> str:
+    """Return a file name that sorts by prompt and seed and holds nothing but letters, digits, ``_`` and ``-``."""
+    words = re.sub(r"[^a-z0-9_]+", "-", prompt.lower())[:48].strip("-") or "empty"
+    return f"{number:03d}-{words}-seed{seed:04d}.png"
+
+
+def _record(
+    name: str, prompt: str, seed: int, settings: SamplingConfig, base: dict[str, str], adapters: list[dict[str, object]]
+) -> dict[str, object]:
+    """Write down everything that gives this picture again."""
+    return {
+        "file_name": name,
+        "prompt": prompt,
+        "negative_prompt": settings.negative_prompt,
+        "seed": seed,
+        "steps": settings.num_inference_steps,
+        "guidance_scale": settings.guidance_scale,
+        "scheduler": settings.scheduler,
+        "height": settings.height,
+        "width": settings.width,
+        "batch_size": settings.batch_size,
+        "adapters": adapters,
+        "base_model": base,
+    }
+
+
+def _near_captions(prompts: Sequence[str], captions: Sequence[str]) -> list[str]:
+    """Say which prompts are a letter or two away from a training caption: most likely a slip."""
+    notes = []
+    for prompt in prompts:
+        near = [] if prompt in captions else difflib.get_close_matches(prompt, captions, n=1, cutoff=0.9)
+        notes += [f"note: '{prompt}' is not a training caption; did you mean '{text}'?" for text in near]
+    return notes
+
+
+def _next(config: GenerateConfig, dataset: Path | None) -> str:
+    """Return the command that makes sense after this one."""
+    model = ["--pretrained_model_name_or_path", config.pretrained_model_name_or_path]
+    adapters = [word for adapter in config.adapter for word in ("--adapter", str(adapter))]
+    beside = config.output_dir.parent
+    if dataset is not None:
+        words = ["--real", str(dataset), "--generated", str(config.output_dir), "--output_dir", str(beside / "fidelity")]
+        return f"python -m eval.fidelity {shlex.join(words)}"
+    if adapters:
+        return f"python -m eval.drift {shlex.join([*model, *adapters, '--output_dir', str(beside / 'drift')])}"
+    return f"accelerate launch finetune/lora.py {shlex.join(model)} --train_data_dir data/weave/train --output_dir runs/lora"
+
+
+if __name__ == "__main__":
+    command(GenerateConfig, main)

@@ -1,0 +1,55 @@
+"""What a training run says about itself: the data it saw, the captions, the size; torch-free."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import yaml
+
+
+def run_settings(adapter: Path) -> dict[str, object]:
+    """Return the ``config.yaml`` of the run that an adapter belongs to, empty if there is none."""
+    folder = adapter if adapter.is_dir() else adapter.parent
+    try:
+        content = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError):
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
+def dataset_of(adapters: Sequence[Path]) -> Path | None:
+    """Return the dataset folder (that holds ``train/``) the first adapter was trained on, if it is still there."""
+    for adapter in adapters:
+        named = run_settings(adapter).get("train_data_dir")
+        if isinstance(named, str) and Path(named).is_dir():
+            folder = Path(named)
+            return folder.parent if folder.name == "train" else folder
+    return None
+
+
+def captions_of(provenances: Sequence[Mapping[str, object]]) -> list[str]:
+    """Return the training captions of all adapters, sorted, each once."""
+    found: set[str] = set()
+    for provenance in provenances:
+        captions = provenance.get("captions")
+        found |= {str(text) for text in captions} if isinstance(captions, list) else set()
+    return sorted(found)
+
+
+def size_of(provenances: Sequence[Mapping[str, object]]) -> tuple[int, int] | None:
+    """Return (height, width) in pixels that the last adapter was trained at, if it says so."""
+    for provenance in reversed(provenances):
+        height, width = provenance.get("height"), provenance.get("width")
+        if isinstance(height, int) and isinstance(width, int):
+            return height, width
+    return None
+
+
+def base_mismatch(provenances: Sequence[Mapping[str, object]], base_hash: str) -> str:
+    """Return the name of the base an adapter was trained on if it is not this one, else an empty string."""
+    for provenance in provenances:
+        base = provenance.get("base_model")
+        if isinstance(base, dict) and base.get("hash") not in {None, base_hash}:
+            return str(base.get("name") or base.get("hash"))
+    return ""
