@@ -218,3 +218,25 @@ def sha256_of(path: Path) -> str:
     """Return the SHA-256 of the whole file, as 64 hexadecimal digits."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def write_card(dataset: Path, *, body: str, splits: Iterable[str], num_pictures: int) -> None:
+    """Write ``README.md``, the card that tells a loader which files belong to which split.
+
+    The globs are explicit: without them a loader may take captions in text files for the data set itself.
+    """
+    sizes = {1_000: "n<1K", 10_000: "1K<n<10K", 100_000: "10K<n<100K", 1_000_000: "100K<n<1M"}
+    size = next((name for limit, name in sizes.items() if num_pictures < limit), "n>1M")
+    front = [
+        "---",
+        "license: other",
+        "task_categories:",
+        "- text-to-image",
+        "size_categories:",
+        f"- {size}",
+        "configs:",
+    ]
+    front += ["- config_name: default", "  data_files:"]
+    for split in splits:
+        front += [f"  - split: {split}", "    path:", f'    - "{split}/*.png"', f'    - "{split}/{METADATA_NAME}"']
+    (dataset / "README.md").write_text("\n".join([*front, "---", "", body]), encoding="utf-8")
