@@ -6,9 +6,9 @@ Writes ``dry.tif``, ``dry.truth.json`` and, with ``--labels``, ``dry.labels.tif`
 2 weft, 3 outside the field of view).
 
 The weave is a layer-to-layer interlock. Z is the thickness, Y the warp direction, X the weft direction. Weft yarns are
-nearly straight and lie in layers. Each warp yarn waves along Y, over one weft column and under the next, and so binds its
-layer to the two neighbours; neighbouring warp yarns are in opposite phase. A slice perpendicular to Y (a warp slice) shows
-the cross-sections of the warp, one perpendicular to X those of the weft between waving warp.
+nearly straight and lie in layers. Each warp yarn waves along Y, over one weft column and under the next, and so binds
+its layer to the two neighbours; neighbouring warp yarns are in opposite phase. A slice perpendicular to Y (a warp
+slice) shows the cross-sections of the warp, one perpendicular to X those of the weft between waving warp.
 
 A yarn is stored as two maps over the plane, centre height and half height, so a plane of the volume costs a few array
 operations and is drawn alone: memory does not depend on the number of planes, nor bytes on how they are grouped.
@@ -38,6 +38,7 @@ from scipy import ndimage
 from tqdm import tqdm
 
 from configs.errors import TisserandError, UsageError
+from configs.load import command
 
 MATRIX, WARP, WEFT, OUTSIDE = range(4)
 VOID_GREY = 10.0
@@ -90,15 +91,15 @@ class Look:
 LOOKS: dict[str, Look] = {
     "dry": Look(
         compaction=1.0,
-        warp_width=0.72,
-        warp_thickness=0.44,
-        weft_width=0.68,
-        weft_thickness=0.46,
+        warp_width=0.76,
+        warp_thickness=0.46,
+        weft_width=0.72,
+        weft_thickness=0.48,
         flatness=2.0,
         nesting=0.0,
         wander=0.035,
         matrix_grey=26.0,
-        yarn_grey=196.0,
+        yarn_grey=182.0,
         streak_grey=24.0,
         edge_px=1.5,
         blur_px=0.7,
@@ -107,16 +108,16 @@ LOOKS: dict[str, Look] = {
     ),
     "dry_compacted": Look(
         compaction=0.68,
-        warp_width=0.94,
-        warp_thickness=0.56,
-        weft_width=0.9,
-        weft_thickness=0.58,
+        warp_width=0.96,
+        warp_thickness=0.64,
+        weft_width=0.94,
+        weft_thickness=0.62,
         flatness=3.5,
         nesting=0.16,
         wander=0.025,
         matrix_grey=26.0,
-        yarn_grey=198.0,
-        streak_grey=20.0,
+        yarn_grey=190.0,
+        streak_grey=18.0,
         edge_px=1.5,
         blur_px=0.7,
         void_fraction=0.0,
@@ -124,19 +125,19 @@ LOOKS: dict[str, Look] = {
     ),
     "injected": Look(
         compaction=0.80,
-        warp_width=0.86,
-        warp_thickness=0.5,
-        weft_width=0.8,
-        weft_thickness=0.52,
+        warp_width=0.9,
+        warp_thickness=0.56,
+        weft_width=0.86,
+        weft_thickness=0.56,
         flatness=2.5,
         nesting=0.08,
         wander=0.03,
         matrix_grey=142.0,
-        yarn_grey=210.0,
+        yarn_grey=206.0,
         streak_grey=14.0,
         edge_px=2.5,
         blur_px=0.9,
-        void_fraction=0.03,
+        void_fraction=0.04,
         packing=0.58,
     ),
 }
@@ -646,6 +647,4 @@ def main(config: PhantomConfig) -> None:
 
 
 if __name__ == "__main__":
-    from configs.load import command
-
     command(PhantomConfig, main)
