@@ -235,9 +235,18 @@ class TrainConfig:
             if not 0 <= value < 1:
                 raise _refuse(flag, value, "must be in [0, 1)")
 
+    def steps_per_epoch(self, num_images: int, num_processes: int = 1) -> int:
+        """Return the optimizer updates of one pass over the images; the last may be short."""
+        return -(-num_images // (self.train_batch_size * self.gradient_accumulation_steps * num_processes))
+
+    def total_steps(self, num_images: int, num_processes: int = 1) -> int:
+        """Return the optimizer updates of the whole run."""
+        return self.max_train_steps or self.num_train_epochs * self.steps_per_epoch(num_images, num_processes)
+
 
 CHANGEABLE = frozenset(
     {
+        "train_data_dir",
         "max_train_steps",
         "num_train_epochs",
         "checkpointing_steps",
@@ -257,4 +266,4 @@ CHANGEABLE = frozenset(
         "overwrite",
     }
 )
-"""Options in which a continued run may differ from how it began: none of them touches the trained weights of a step."""
+"""Options in which a continued run may differ from how it began (the images themselves are compared by content)."""

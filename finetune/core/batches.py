@@ -1,0 +1,364 @@
+"""What goes into an update: captioned images in a seeded order, each with its own draws.
+
+Position p of the stream is image ``permutation(seed, p // N)[p % N]``. An update takes the next global batch of an
+epoch, short at its end, whatever the number of processes and of forward passes it is cut into.
+
+Shapes: images N, batch B, captions U, token places L, width D, latents (4, h, w).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+import torch
+from PIL import Image, UnidentifiedImageError
+from torch import Tensor
+
+from configs.errors import InputError, UsageError
+from data_prep.manifest import METADATA_NAME, is_inside, read_records, sha256_of
+from finetune.core.config import ImageFolderConfig, NoiseConfig, TrainConfig
+from finetune.core.latents import Moments, cache_folder, cached_moments, encode, module_hash, sample
+from finetune.core.models import Models, encode_prompts
+from finetune.core.noise import Draws, draw, permutation
+from finetune.core.run import Run
+
+
+@dataclass(frozen=True, kw_only=True)
+class Batch:
+    """Images of one forward pass, on the training device.
+
+    Attributes:
+        latents: (B, 4, h, w) float32, scaled.
+        noise: (B, 4, h, w) float32.
+        timesteps: (B,) int64.
+        prompts: (B, L, D) embeddings, or (B, L) int64 token ids where the text encoder learns.
+        weights: (B,) float32, what each image counts in the mean.
+        names: of the images' files, for messages.
+    """
+
+    latents: Tensor
+    noise: Tensor
+    timesteps: Tensor
+    prompts: Tensor
+    weights: Tensor
+    names: tuple[str, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Update:
+    """This process's share of one optimizer update, and what all processes together take into it."""
+
+    batches: list[Batch]
+    weight: float
+    num_images: int
+
+
+class Batches(Protocol):
+    """What the loop asks of a recipe's data."""
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Optimizer updates in one pass over the images."""
+
+    def update(self, number: int) -> Update:
+        """Return the update with this number, counted from 0; the same number gives the same tensors."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CaptionedImage:
+    """An image file that passed the checks, with its caption and the hash of its content."""
+
+    path: Path
+    caption: str
+    where: str
+    content: str
+
+
+def read_images(config: ImageFolderConfig, seed: int = 0) -> list[CaptionedImage]:
+    """Read ``metadata.jsonl`` and check every image it names, without decoding them.
+
+    Raises:
+        InputError: naming file and line: no such folder, no metadata.jsonl, no caption column, an empty caption, an
+            image that is missing, unreadable, outside the folder, or not 8-bit.
+    """
+    metadata = config.train_data_dir / METADATA_NAME
+    if not config.train_data_dir.is_dir():
+        raise InputError(f"--train_data_dir {config.train_data_dir}: there is no such folder")
+    if not metadata.is_file():
+        raise InputError(
+            f"--train_data_dir {config.train_data_dir}: holds no {METADATA_NAME}; one line an image is needed: "
+            '{"file_name": "a.png", "text": "its caption"}'
+        )
+    images = [_check_row(config, f"{metadata}:{line}", row) for line, row in read_records(metadata)]
+    if not images:
+        raise InputError(f"{metadata}: names no image")
+    if config.max_train_samples is not None:
+        chosen = permutation(seed, -1, len(images))[: config.max_train_samples]
+        images = [images[place] for place in sorted(chosen.tolist())]
+    return images
+
+
+def _check_row(config: ImageFolderConfig, where: str, row: dict[str, object]) -> CaptionedImage:
+    """Check one line of metadata.jsonl and the header of the image it names."""
+    column = "file_name" if config.image_column == "image" else f"{config.image_column}_file_name"
+    for flag, key in (("image_column", column), ("caption_column", config.caption_column)):
+        if not isinstance(row.get(key), str):
+            raise InputError(f"{where}: no text under '{key}' (--{flag}); the keys are {', '.join(row)}")
+    name, caption = str(row[column]), str(row[config.caption_column])
+    if not caption.strip():
+        raise InputError(f"{where}: the caption of {name} is empty; write one, or use --caption_dropout")
+    if not is_inside(name):
+        raise InputError(f"{where}: '{name}' lies outside the folder")
+    path = config.train_data_dir / name
+    try:
+        with Image.open(path) as image:
+            mode = image.mode
+        if mode not in ("L", "RGB", "P"):
+            raise InputError(
+                f"{path}: has mode {mode}, not 8-bit grey or colour; convert it with a window you choose "
+                "(python -m data_prep.slice does), or values above 255 would turn white"
+            )
+        return CaptionedImage(path=path, caption=caption, where=where, content=sha256_of(path))
+    except FileNotFoundError:
+        raise InputError(f"{where}: there is no {path}") from None
+    except (UnidentifiedImageError, OSError) as error:
+        raise InputError(f"{path}: cannot be read as an image ({' '.join(str(error).split())})") from None
+
+
+def prepare_pixels(image: Image.Image, size: int, interpolation: str, crop: Sequence[float] = (0.5, 0.5)) -> np.ndarray:
+    """Resize the shorter side to ``size``, cut a square, and return (3, size, size) float32 in [-1, 1].
+
+    ``crop`` places the square, from 0 (top, left) to 1 (bottom, right); 0.5 is the centre, as torchvision rounds it.
+    """
+    rgb = image.convert("RGB")
+    short = min(rgb.size)
+    if short != size:
+        columns, rows = (size if side == short else int(size * side / short) for side in rgb.size)
+        rgb = rgb.resize((columns, rows), Image.Resampling[interpolation.upper()])
+    left, top = (round((side - size) * share) for side, share in zip(rgb.size, crop[::-1], strict=True))
+    levels = np.asarray(rgb.crop((left, top, left + size, top + size)), dtype=np.float32)
+    return np.ascontiguousarray(levels.transpose(2, 0, 1)) / np.float32(127.5) - np.float32(1)
+
+
+def _load_pixels(image: CaptionedImage, size: int, interpolation: str, crop: Sequence[float] = (0.5, 0.5)) -> Tensor:
+    """Decode and prepare one image, or name the one that cannot be decoded."""
+    try:
+        with Image.open(image.path) as opened:
+            return torch.from_numpy(prepare_pixels(opened, size, interpolation, crop))
+    except (OSError, SyntaxError) as error:
+        raise InputError(f"{image.path}: cannot be decoded ({' '.join(str(error).split())})") from None
+
+
+@dataclass(frozen=True, kw_only=True)
+class CaptionedBatches:
+    """Updates of captioned images; a frozen value, so that an update is a function of its number alone.
+
+    Attributes:
+        images: in the order of metadata.jsonl.
+        moments: posterior of each image on the training device, or None: encoded at each use (random crops).
+        size: side of the training pictures, px.
+        embeds: (U + 1, L, D) on the training device; row 0 belongs to the empty caption.
+        caption_ids: (N,) row of each image's caption in ``embeds``.
+        shape: of a latent, (4, h, w).
+    """
+
+    images: list[CaptionedImage]
+    moments: Moments | None
+    models: Models
+    size: int
+    embeds: Tensor
+    caption_ids: Tensor
+    shape: tuple[int, int, int]
+    num_timesteps: int
+    config: ImageFolderConfig
+    noise: NoiseConfig
+    seed: int
+    train: TrainConfig
+    num_processes: int
+    process_index: int
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Optimizer updates in one pass over the images; the last may be short."""
+        return self.train.steps_per_epoch(len(self.images), self.num_processes)
+
+    def update(self, number: int) -> Update:
+        """Return this process's share of an update."""
+        epoch, within = divmod(number, self.steps_per_epoch)
+        count = len(self.images)
+        order = _order(self.seed, epoch, count)
+        across = self.train.train_batch_size * self.num_processes
+        per_update = across * self.train.gradient_accumulation_steps
+        places = range(within * per_update, min((within + 1) * per_update, count))
+        batches = []
+        for first in range(places.start, places.stop, across):
+            together = range(first, min(first + across, places.stop))
+            mine = together[self.process_index :: self.num_processes]
+            # Every process must enter each forward pass: one with nothing to do takes an image that counts nothing.
+            weight = 1.0 if mine else 0.0
+            rows = [(order[place], epoch * count + place) for place in (mine or together[:1])]
+            batches.append(self._batch(rows, weight))
+        return Update(batches=batches, weight=float(len(places)), num_images=len(places))
+
+    def _batch(self, rows: list[tuple[int, int]], weight: float) -> Batch:
+        """Gather one forward pass from (image, position) pairs."""
+        draws = [
+            draw(
+                self.seed,
+                position,
+                shape=self.shape,
+                num_timesteps=self.num_timesteps,
+                noise_offset=self.noise.noise_offset,
+                caption_dropout=self.config.caption_dropout,
+            )
+            for _, position in rows
+        ]
+        device = self.embeds.device
+        index = torch.tensor([image for image, _ in rows])
+        dropped = torch.tensor([one.drop_caption for one in draws])
+        captions = self.caption_ids[index].masked_fill(dropped, 0)
+        moments = self._moments(index, draws)
+        spread = torch.stack([one.latent_noise for one in draws]).to(device, non_blocking=True)
+        return Batch(
+            latents=sample(moments.mean, moments.std, spread, self.models.vae.config.scaling_factor),
+            noise=torch.stack([one.noise for one in draws]).to(device, non_blocking=True),
+            timesteps=torch.tensor([one.timestep for one in draws]).to(device, non_blocking=True),
+            prompts=self.embeds[captions.to(device)],
+            weights=torch.full((len(rows),), weight, device=device),
+            names=tuple(self.images[image].path.name for image, _ in rows),
+        )
+
+    def _moments(self, index: Tensor, draws: list[Draws]) -> Moments:
+        """Return the posterior of some images, from the cache or, with random crops, from the VAE."""
+        if self.moments is not None:
+            index = index.to(self.moments.mean.device)
+            return Moments(self.moments.mean[index], self.moments.std[index])
+        kind = self.config.image_interpolation_mode
+        pixels = [
+            _load_pixels(self.images[image], self.size, kind, one.crop.tolist())
+            for image, one in zip(index.tolist(), draws, strict=True)
+        ]
+        return encode(self.models.vae, torch.stack(pixels))
+
+
+@lru_cache(maxsize=2)
+def _order(seed: int, epoch: int, length: int) -> list[int]:
+    """Return the images of an epoch in order; asked for once per update."""
+    return permutation(seed, epoch, length).tolist()
+
+
+def captioned_batches(
+    images: list[CaptionedImage],
+    models: Models,
+    config: ImageFolderConfig,
+    noise: NoiseConfig,
+    run: Run,
+    *,
+    num_timesteps: int,
+) -> CaptionedBatches:
+    """Encode images and captions, once each, and return the updates they make.
+
+    Raises:
+        UsageError: a resolution that the VAE cannot give back.
+        InputError: an image that does not decode, or a caption longer than the text encoder reads, with its file.
+    """
+    size = config.resolution or models.size_px
+    if size % models.vae_scale_factor:
+        near = max(1, size // models.vae_scale_factor) * models.vae_scale_factor
+        raise UsageError(f"--resolution {size}: must be a multiple of {models.vae_scale_factor}, such as {near}")
+    _check_captions(images, models)
+    captions = sorted({image.caption for image in images})
+    rows = {caption: row for row, caption in enumerate(captions, start=1)}
+    cell = size // models.vae_scale_factor
+    device = run.accelerator.device
+    moments = None
+    if config.center_crop or all(_is_square(image) for image in images):
+        moments = _cached(images, models, config, size, run)
+        moments = Moments(moments.mean.to(device), moments.std.to(device))
+    return CaptionedBatches(
+        images=images,
+        moments=moments,
+        models=models,
+        size=size,
+        embeds=encode_prompts(models, ["", *captions]).to(device),
+        caption_ids=torch.tensor([rows[image.caption] for image in images]),
+        shape=(int(models.unet.config.in_channels), cell, cell),
+        num_timesteps=num_timesteps,
+        config=config,
+        noise=noise,
+        seed=run.seed,
+        train=run.train,
+        num_processes=run.accelerator.num_processes,
+        process_index=run.accelerator.process_index,
+    )
+
+
+def _check_captions(images: list[CaptionedImage], models: Models) -> None:
+    """Refuse a caption that the text encoder would cut."""
+    limit = models.tokenizer.model_max_length
+    unique = {image.caption: image for image in images}
+    for caption, ids in zip(unique, models.tokenizer(list(unique)).input_ids, strict=True):
+        if len(ids) > limit:
+            raise InputError(
+                f"{unique[caption].where}: the caption has {len(ids)} tokens, {limit} are read; shorten it"
+            )
+
+
+def _is_square(image: CaptionedImage) -> bool:
+    """Tell whether a random crop of this image is always the whole of it."""
+    with Image.open(image.path) as opened:
+        return opened.width == opened.height
+
+
+def _cached(images: list[CaptionedImage], models: Models, config: ImageFolderConfig, size: int, run: Run) -> Moments:
+    """Return the posteriors from the cache; other processes wait for the first one to fill it."""
+    kind = config.image_interpolation_mode
+    root = config.latent_cache_dir or run.folder / "cache"
+    preprocessing = {"size": size, "interpolation": kind, "crop": "center"}
+    folder = cache_folder(root, module_hash(models.vae), preprocessing)
+
+    def pixels(places: Sequence[int]) -> Tensor:
+        chosen = [images[place] for place in places]
+        if not config.dataloader_num_workers:
+            return torch.stack([_load_pixels(image, size, kind) for image in chosen])
+        with ThreadPoolExecutor(config.dataloader_num_workers) as pool:
+            return torch.stack(list(pool.map(lambda image: _load_pixels(image, size, kind), chosen)))
+
+    with run.accelerator.main_process_first():
+        moments, encoded = cached_moments(folder, [image.content for image in images], pixels, models.vae)
+    run.say(f"latents: {encoded} images encoded, {len(images) - encoded} from {root}")
+    return moments
+
+
+def data_hash(images: Sequence[CaptionedImage]) -> str:
+    """Return a SHA-256 over contents and captions, in order: a run does not continue on other images."""
+    text = json.dumps([(image.content, image.caption) for image in images])
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def data_provenance(images: list[CaptionedImage], config: ImageFolderConfig) -> dict[str, object]:
+    """Return what the weights file says about the data: its name, a hash, its size, its captions and windows.
+
+    The hash is that of ``manifest.json`` where the folder belongs to a data set, else of ``metadata.jsonl``.
+    """
+    manifest = config.train_data_dir.resolve().parent / "manifest.json"
+    volumes: list[dict[str, object]] = []
+    if manifest.is_file():
+        volumes = json.loads(manifest.read_text(encoding="utf-8")).get("volumes", [])
+    return {
+        "data": {
+            "train_data_dir": config.train_data_dir.name,
+            "manifest_hash": sha256_of(manifest if manifest.is_file() else config.train_data_dir / METADATA_NAME),
+            "n_images": len(images),
+        },
+        "window": {str(volume.get("name", place)): volume.get("window") for place, volume in enumerate(volumes)},
+        "captions": sorted({image.caption for image in images}),
+    }

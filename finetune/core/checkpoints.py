@@ -1,0 +1,139 @@
+"""State to resume from: ``checkpoint-N`` folders of safetensors and JSON, never pickles.
+
+    checkpoint-200/learned.safetensors     what learns, by name, float32
+                   optimizer.safetensors   the optimizer's tensors, as NAME/KEY
+                   state.json              step, and the scalars of the loop
+
+A folder appears under its name only when it is whole; the oldest goes after the new one is there.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from configs.errors import InputError, UsageError
+
+_NAME = re.compile(r"checkpoint-(\d+)")
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    """Return the checkpoints of a run, oldest first."""
+    found = [path for path in folder.glob("checkpoint-*") if path.is_dir() and _NAME.fullmatch(path.name)]
+    return sorted(found, key=step_of)
+
+
+def step_of(path: Path) -> int:
+    """Return the number of updates a checkpoint stands after."""
+    match = _NAME.fullmatch(path.name)
+    if match is None:
+        raise UsageError(f"--resume_from_checkpoint {path}: a checkpoint is a folder named checkpoint-N")
+    return int(match[1])
+
+
+def find(folder: Path, asked: str | None) -> Path | None:
+    """Return the checkpoint to start from: the newest, or the one asked for by name or path; None to start anew.
+
+    Raises:
+        UsageError: the one asked for is not there.
+    """
+    if asked in (None, "latest"):
+        return next(iter(reversed(checkpoints(folder))), None)
+    for path in (folder / str(asked), Path(str(asked))):
+        if path.is_dir():
+            step_of(path)
+            return path
+    have = ", ".join(path.name for path in checkpoints(folder)) or "none"
+    raise UsageError(f"--resume_from_checkpoint {asked}: there is no such folder; {folder} has {have}")
+
+
+def write(
+    folder: Path,
+    step: int,
+    *,
+    parameters: Mapping[str, nn.Parameter],
+    optimizer: Optimizer,
+    state: Mapping[str, object],
+    limit: int | None = None,
+) -> Path:
+    """Write ``checkpoint-STEP`` into the run folder, then remove the oldest beyond ``limit``."""
+    target = folder / f"checkpoint-{step}"
+    partial = folder / f"checkpoint-{step}.partial"
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    tensors, scalars = _optimizer_state(parameters, optimizer)
+    try:
+        save_file(
+            {name: value.detach().cpu().contiguous() for name, value in parameters.items()},
+            partial / "learned.safetensors",
+        )
+        save_file(tensors, partial / "optimizer.safetensors")
+        text = json.dumps({"step": step, **state, "optimizer": scalars}, indent=1)
+        (partial / "state.json").write_text(text + "\n", encoding="utf-8")
+        if target.exists():
+            shutil.rmtree(target)
+        partial.rename(target)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    if limit is not None:
+        for old in checkpoints(folder)[:-limit]:
+            shutil.rmtree(old)
+    return target
+
+
+def read(path: Path, *, parameters: Mapping[str, nn.Parameter], optimizer: Optimizer) -> dict[str, object]:
+    """Put a checkpoint's tensors into what learns and into its optimizer; return ``state.json``.
+
+    Raises:
+        InputError: the checkpoint is damaged, or belongs to other parameters.
+    """
+    try:
+        learned = load_file(path / "learned.safetensors")
+        tensors = load_file(path / "optimizer.safetensors")
+        state = json.loads((path / "state.json").read_text(encoding="utf-8"))
+    except (OSError, SafetensorError, json.JSONDecodeError) as error:
+        raise InputError(
+            f"{path}: the checkpoint is damaged ({error}); remove it to go on from an older one"
+        ) from error
+    shapes = {name: tuple(value.shape) for name, value in learned.items()}
+    if shapes != {name: tuple(parameter.shape) for name, parameter in parameters.items()}:
+        raise InputError(
+            f"{path}: belongs to a run in which other weights learn; use --overwrite or another --output_dir"
+        )
+    with torch.no_grad():
+        for name, parameter in parameters.items():
+            parameter.copy_(learned[name])
+            entries = {key: value for key, value in state["optimizer"].get(name, {}).items()}
+            prefix = f"{name}/"
+            for key, value in tensors.items():
+                if key.startswith(prefix):
+                    entry = value.to(parameter.device)
+                    entries[key.removeprefix(prefix)] = entry
+            if entries:
+                optimizer.state[parameter] = entries
+    return state
+
+
+def _optimizer_state(
+    parameters: Mapping[str, nn.Parameter], optimizer: Optimizer
+) -> tuple[dict[str, Tensor], dict[str, dict[str, object]]]:
+    """Split the optimizer's state, by parameter name, into tensors and plain numbers."""
+    tensors: dict[str, Tensor] = {}
+    scalars: dict[str, dict[str, object]] = {}
+    for name, parameter in parameters.items():
+        for key, value in optimizer.state.get(parameter, {}).items():
+            if isinstance(value, Tensor):
+                tensors[f"{name}/{key}"] = value.detach().cpu().contiguous()
+            else:
+                scalars.setdefault(name, {})[key] = value
+    return tensors, scalars

@@ -1,0 +1,231 @@
+"""The one training loop: accumulate, check, clip, step, yield, checkpoint."""
+
+from __future__ import annotations
+
+import signal
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from configs.errors import TisserandError
+from configs.load import Terminated
+from finetune.core import checkpoints
+from finetune.core.batches import Batches, Update
+from finetune.core.config import TrainConfig
+from finetune.core.noise import counter_seed
+from finetune.core.objective import Loss
+from finetune.core.optimizer import learning_rate_factor, make_optimizer
+from finetune.core.run import Run
+from finetune.core.trainable import Learns
+
+
+@dataclass(frozen=True, kw_only=True)
+class Step:
+    """One optimizer update, just done.
+
+    Attributes:
+        number: updates done, from 1.
+        total: updates of the whole run.
+        loss: mean loss of the update's images on this process, a scalar on the device; reading it costs a wait.
+        metrics: the line for metrics.jsonl, at every ``logging_steps``-th and at the last step, else None.
+    """
+
+    number: int
+    total: int
+    loss: Tensor
+    metrics: dict[str, Any] | None
+
+
+@dataclass
+class _Window:
+    """What happened since the last line of metrics.jsonl; kept on the device until somebody reads it."""
+
+    losses: list[Tensor] = field(default_factory=list)
+    norms: list[Tensor] = field(default_factory=list)
+    per_image: list[tuple[int, list[Tensor]]] = field(default_factory=list)
+    images: int = 0
+    started_s: float = field(default_factory=time.perf_counter)
+
+
+def train(
+    run: Run, denoiser: nn.Module, learns: Learns, batches: Batches, loss: Loss, config: TrainConfig
+) -> Iterator[Step]:
+    """Train, yielding once per optimizer update, after the update and before its checkpoint.
+
+    What the caller's ``for`` body changes in the parameters is therefore in the checkpoint. The learning rate of a
+    step is base x factor(updates done). The loss of an update is the sum of weight x loss over all its images, on all
+    processes and forward passes, divided by the sum of their weights.
+
+    Args:
+        run: where to, on what, and which checkpoint to start from.
+        denoiser: the module that is called by ``loss``; only what ``learns`` names has gradients.
+        learns: parameters and base learning rates.
+        batches: the images of every update.
+        loss: one value per image.
+        config: the loop's settings.
+
+    Raises:
+        TisserandError: a loss or gradient that is not finite, naming step and images; nothing is written after it.
+        Terminated: SIGTERM came; a checkpoint of the last finished update has been written.
+    """
+    accelerator, parameters = run.accelerator, learns.parameters
+    bare_optimizer = make_optimizer(learns, config)
+    factor = learning_rate_factor(config, run.total_steps)
+    model, optimizer = accelerator.prepare(denoiser, bare_optimizer)
+    model.train()
+    done, window, elapsed_s = 0, _Window(), 0.0
+    if run.checkpoint is not None:
+        state = checkpoints.read(run.checkpoint, parameters=parameters, optimizer=bare_optimizer)
+        done, elapsed_s = int(state["step"]), float(state["elapsed_s"])
+        _restore(window, state, accelerator)
+        run.say(f"continuing after step {done}, from {run.checkpoint}")
+
+    # Reading a number off a GPU waits for it, so there finite values are checked where numbers are read anyway.
+    reads_are_free = accelerator.device.type == "cpu"
+    begun_s = time.perf_counter() - elapsed_s
+    with (
+        _termination() as terminated,
+        tqdm(
+            total=run.total_steps, initial=done, desc="training", unit="step", disable=None if run.is_main else True
+        ) as bar,
+    ):
+        for number in range(done + 1, run.total_steps + 1):
+            torch.manual_seed(counter_seed(run.seed, "update", number))  # module dropout, where there is any
+            for group in bare_optimizer.param_groups:
+                group["lr"] = group["base_lr"] * factor(number - 1)
+            update = batches.update(number - 1)
+            value, per_image = _backward(accelerator, model, loss, update)
+            norm = accelerator.clip_grad_norm_(list(parameters.values()), config.max_grad_norm)
+            window.losses.append(value)
+            window.norms.append(norm.detach())
+            window.per_image.append((number, per_image))
+            window.images += update.num_images
+            if reads_are_free:
+                _check_finite(window, batches, accelerator)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+
+            metrics = None
+            last = number == run.total_steps
+            due = number % config.checkpointing_steps == 0
+            stop = _agreed(accelerator, terminated)
+            if number % config.logging_steps == 0 or last:
+                _check_finite(window, batches, accelerator)
+                metrics = _metrics(number, window, batches, bare_optimizer, accelerator)
+                metrics["elapsed_s"] = round(time.perf_counter() - begun_s, 3)
+                bar.set_postfix(loss=f"{metrics['loss']:.4f}", refresh=False)
+                window = _Window()
+            bar.update()
+            yield Step(number=number, total=run.total_steps, loss=value, metrics=metrics)
+            if due or (stop and not last):
+                _check_finite(window, batches, accelerator)
+                state = {"elapsed_s": time.perf_counter() - begun_s, **_keep(window, accelerator)}
+                if run.is_main:
+                    checkpoints.write(
+                        run.folder,
+                        number,
+                        parameters=parameters,
+                        optimizer=bare_optimizer,
+                        state=state,
+                        limit=config.checkpoints_total_limit,
+                    )
+                accelerator.wait_for_everyone()
+            if stop and not last:
+                run.say(f"terminated; continue from checkpoint-{number} with the same command")
+                raise Terminated
+
+
+def _backward(accelerator: Any, model: nn.Module, loss: Loss, update: Update) -> tuple[Tensor, list[Tensor]]:
+    """Run the forward and backward passes of one update; return its mean loss and the losses of its images."""
+    per_image = []
+    # DDP averages gradients over processes; the loss wants their sum.
+    share = accelerator.num_processes / update.weight
+    for place, batch in enumerate(update.batches, start=1):
+        is_last = place == len(update.batches)
+        with nullcontext() if is_last else accelerator.no_sync(model):
+            losses = loss(model, batch)
+            accelerator.backward((losses * batch.weights).sum() * share)
+        per_image.append((losses * batch.weights).detach())
+    return torch.cat(per_image).sum() * share, per_image
+
+
+def _check_finite(window: _Window, batches: Batches, accelerator: Any) -> None:
+    """Stop at the first loss or gradient since the last look that is not finite.
+
+    With a gradient scaler (fp16) a gradient may overflow: the scaler then leaves the update out and lowers its scale.
+    """
+    if not window.losses:
+        return
+    watched = torch.stack(window.losses)
+    if accelerator.scaler is None:
+        watched = watched + torch.stack(window.norms)
+    finite = watched.isfinite()
+    if bool(finite.all()):
+        window.per_image.clear()
+        return
+    place = int((~finite).nonzero()[0])
+    number, per_image = window.per_image[place - len(window.losses)]
+    names = [name for batch in batches.update(number - 1).batches for name in batch.names]
+    wrong = [name for name, good in zip(names, torch.cat(per_image).isfinite().tolist(), strict=True) if not good]
+    what = "loss" if wrong else "gradient"
+    shown = ", ".join((wrong or names)[:8]) + (", ..." if len(wrong or names) > 8 else "")
+    raise TisserandError(
+        f"step {number}: the {what} is not finite (images {shown}); no weights were written; "
+        "lower --learning_rate, or use --mixed_precision no"
+    )
+
+
+def _metrics(number: int, window: _Window, batches: Batches, optimizer: Any, accelerator: Any) -> dict[str, Any]:
+    """Return a line of metrics.jsonl: means since the line before."""
+    losses = torch.stack(window.losses).double().mean()
+    loss = accelerator.reduce(losses, reduction="mean")
+    passed_s = time.perf_counter() - window.started_s
+    return {
+        "step": number,
+        "epoch": number / batches.steps_per_epoch,
+        "loss": float(loss),
+        "learning_rate": optimizer.param_groups[0]["lr"],
+        "grad_norm": float(torch.stack(window.norms).double().mean()),
+        "images_per_s": round(window.images / passed_s, 3),
+    }
+
+
+def _keep(window: _Window, accelerator: Any) -> dict[str, object]:
+    """Return the window as plain numbers: a mean must come out the same whether or not the run stopped within it."""
+    losses = [float(value) for value in window.losses]
+    scaler = None if accelerator.scaler is None else accelerator.scaler.state_dict()
+    return {"losses": losses, "norms": [float(value) for value in window.norms], "grad_scaler": scaler}
+
+
+def _restore(window: _Window, state: dict[str, Any], accelerator: Any) -> None:
+    """Take up the window, and the gradient scaler, where the checkpoint left them."""
+    device = accelerator.device
+    window.losses = [torch.tensor(value, device=device) for value in state["losses"]]
+    window.norms = [torch.tensor(value, device=device) for value in state["norms"]]
+    if accelerator.scaler is not None and state["grad_scaler"] is not None:
+        accelerator.scaler.load_state_dict(state["grad_scaler"])
+
+
+def _agreed(accelerator: Any, terminated: list[bool]) -> bool:
+    """Tell whether any process was told to stop."""
+    if accelerator.num_processes == 1:
+        return bool(terminated)
+    flag = torch.tensor(float(bool(terminated)), device=accelerator.device)
+    return bool(accelerator.reduce(flag, reduction="sum") > 0)
+
+
+@contextmanager
+def _termination() -> Iterator[list[bool]]:
+    """Note SIGTERM instead of dying of it; yields a list that is empty until it comes."""
+    came: list[bool] = []
+    before = signal.signal(signal.SIGTERM, lambda *_: came.append(True))
+    try:
+        yield came
+    finally:
+        signal.signal(signal.SIGTERM, before)

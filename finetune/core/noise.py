@@ -1,0 +1,148 @@
+"""The noise schedule as a value, and the random draws of one image as a function of its place in the stream.
+
+Shapes: images B, training timesteps T, latents (B, 4, h, w). Notation: Ho et al. 2020 (arXiv:2006.11239).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from configs.errors import UsageError
+
+
+@dataclass(frozen=True)
+class NoiseSchedule:
+    """How much of an image is left at each timestep.
+
+    Attributes:
+        alphas_cumprod: (T,) float64, the share of signal variance, falling from near 1 to near (or exactly) 0.
+        prediction_type: what the model predicts, ``epsilon`` or ``v_prediction``.
+    """
+
+    alphas_cumprod: Tensor
+    prediction_type: str
+
+    @property
+    def num_timesteps(self) -> int:
+        """Number of training timesteps T."""
+        return len(self.alphas_cumprod)
+
+    @property
+    def snr(self) -> Tensor:
+        """Signal-to-noise ratio alpha / (1 - alpha), (T,) float64; 0 at the end of a zero-terminal schedule."""
+        return self.alphas_cumprod / (1 - self.alphas_cumprod)
+
+    def to(self, device: torch.device | str) -> NoiseSchedule:
+        """Return the same schedule on another device."""
+        return dataclasses.replace(self, alphas_cumprod=self.alphas_cumprod.to(device))
+
+
+def from_scheduler(config: Mapping[str, Any], prediction_type: str | None = None) -> NoiseSchedule:
+    """Make the schedule a diffusers scheduler config describes; the betas are computed by diffusers itself.
+
+    Args:
+        config: the config of any diffusers scheduler of the model, such as ``models.scheduler.config``.
+        prediction_type: what the model predicts, where it is not what the config says.
+
+    Raises:
+        UsageError: a prediction type that is not trained here, or epsilon with a schedule that ends in pure noise.
+    """
+    from diffusers import DDPMScheduler
+
+    kind = prediction_type or config.get("prediction_type", "epsilon")
+    if kind not in ("epsilon", "v_prediction"):
+        raise UsageError(
+            f"--prediction_type {kind}: the model's scheduler asks for it; trained are epsilon, v_prediction"
+        )
+    schedule = NoiseSchedule(DDPMScheduler.from_config(dict(config)).alphas_cumprod.double(), kind)
+    # At the last timestep the input holds no signal: epsilon would be read off the input and nothing learned.
+    if kind == "epsilon" and schedule.snr[-1] < 1e-6:
+        raise UsageError(
+            "--prediction_type epsilon: the schedule ends in pure noise (zero-terminal SNR); v_prediction is needed"
+        )
+    return schedule
+
+
+def add_noise(schedule: NoiseSchedule, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+    """Return sqrt(alpha) x + sqrt(1 - alpha) epsilon (Ho et al. 2020, equation 4), shaped and typed as ``latents``."""
+    signal, spread = _signal_and_spread(schedule, latents, timesteps)
+    return signal * latents + spread * noise
+
+
+def velocity(schedule: NoiseSchedule, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+    """Return v = sqrt(alpha) epsilon - sqrt(1 - alpha) x (Salimans and Ho 2022, arXiv:2202.00512, appendix D)."""
+    signal, spread = _signal_and_spread(schedule, latents, timesteps)
+    return signal * noise - spread * latents
+
+
+def _signal_and_spread(schedule: NoiseSchedule, latents: Tensor, timesteps: Tensor) -> tuple[Tensor, Tensor]:
+    """Return sqrt(alpha) and sqrt(1 - alpha) of each image, (B, 1, 1, 1), in the latents' dtype."""
+    alpha = schedule.alphas_cumprod[timesteps].view(-1, 1, 1, 1)
+    return alpha.sqrt().to(latents.dtype), (1 - alpha).sqrt().to(latents.dtype)
+
+
+@dataclass(frozen=True)
+class Draws:
+    """Everything random about one image in one update.
+
+    Attributes:
+        position: the place in the shuffled stream that it was drawn for.
+        crop: (2,) float32 in [0, 1): where a random crop sits, from top to bottom and from left to right.
+        drop_caption: whether the caption is replaced by the empty one.
+        timestep: in [0, T).
+        latent_noise: (4, h, w) float32, standard normal, for the sample of the VAE's posterior.
+        noise: (4, h, w) float32, the noise to add; variance 1 + noise_offset^2.
+    """
+
+    position: int
+    crop: Tensor
+    drop_caption: bool
+    timestep: int
+    latent_noise: Tensor
+    noise: Tensor
+
+
+def draw(
+    seed: int,
+    position: int,
+    *,
+    shape: tuple[int, int, int],
+    num_timesteps: int,
+    noise_offset: float = 0.0,
+    caption_dropout: float = 0.0,
+) -> Draws:
+    """Draw what is random about the image at ``position`` of the stream; the same arguments give the same draws.
+
+    Nothing else enters: not the batch, the process, the device, or what was drawn before. The order of the draws is
+    fixed, and each is made whether or not it is used, so that switching an option leaves the others as they were.
+
+    Noise offset adds one normal number per channel to the whole channel
+    (Guttenberg 2023, https://www.crosslabs.org/blog/diffusion-with-offset-noise).
+    """
+    generator = torch.Generator().manual_seed(counter_seed(seed, "image", position))
+    crop = torch.rand(2, generator=generator)
+    dropped = bool(torch.rand((), generator=generator) < caption_dropout)
+    timestep = int(torch.randint(num_timesteps, (), generator=generator))
+    offset = torch.randn(shape[0], 1, 1, generator=generator)
+    latent_noise, noise = torch.randn(2, *shape, generator=generator)
+    if noise_offset:
+        noise = noise + noise_offset * offset
+    return Draws(position, crop, dropped, timestep, latent_noise, noise)
+
+
+def permutation(seed: int, epoch: int, length: int) -> Tensor:
+    """Return the order of the images in an epoch, (length,) int64."""
+    return torch.randperm(length, generator=torch.Generator().manual_seed(counter_seed(seed, "epoch", epoch)))
+
+
+def counter_seed(seed: int, stream: str, counter: int) -> int:
+    """Mix a seed, the name of a stream and a counter into 32 well-spread bits (torch's CPU generator reads no more)."""
+    digest = hashlib.blake2b(f"{seed}/{stream}/{counter}".encode(), digest_size=4).digest()
+    return int.from_bytes(digest, "big")

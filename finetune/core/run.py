@@ -1,0 +1,358 @@
+"""Start a run: processes and precision, the folder and its lock, what was asked for, and on which machine."""
+
+from __future__ import annotations
+
+import dataclasses
+import fcntl
+import hashlib
+import importlib.metadata
+import importlib.util
+import json
+import os
+import platform
+import secrets
+import shutil
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TextIO
+
+import psutil
+import torch
+import yaml
+from accelerate import Accelerator
+from accelerate.utils import LoggerType, ProjectConfiguration
+
+import configs.load
+from configs.errors import UsageError
+from finetune.core import checkpoints
+from finetune.core.config import CHANGEABLE, TrainConfig
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+    from finetune.core.loop import Step
+
+CONFIG, ENVIRONMENT, METRICS, PROVENANCE, LOCK = (
+    "config.yaml",
+    "environment.json",
+    "metrics.jsonl",
+    "provenance.json",
+    "run.lock",
+)
+_LIBRARIES = ("torch", "diffusers", "transformers", "peft", "accelerate", "safetensors", "numpy", "pillow")
+# They say where things are put or shown, and leave what is learned alone.
+_WITHOUT_EFFECT = CHANGEABLE - {"max_train_steps", "num_train_epochs"}
+
+
+@dataclass(kw_only=True)
+class Run:
+    """A run in progress.
+
+    Attributes:
+        folder: the run folder, locked until the process ends.
+        accelerator: devices, processes, autocast and trackers.
+        train: the loop's settings.
+        seed: the seed in force, drawn if none was given.
+        total_steps: optimizer updates of the whole run.
+        config_hash: SHA-256 over the settings that can change what is learned.
+        checkpoint: to continue from, or None.
+    """
+
+    folder: Path
+    accelerator: Accelerator
+    train: TrainConfig
+    seed: int
+    total_steps: int
+    config_hash: str
+    checkpoint: Path | None
+    lock: TextIO | None
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this process writes files and speaks."""
+        return self.accelerator.is_main_process
+
+    @property
+    def weight_dtype(self) -> torch.dtype:
+        """What frozen weights are held in: the precision of the forward pass."""
+        return {"fp16": torch.float16, "bf16": torch.bfloat16}.get(self.accelerator.mixed_precision, torch.float32)
+
+    def say(self, text: str) -> None:
+        """Print a line, once for all processes."""
+        self.accelerator.print(text, flush=True)
+
+    def log(self, step: Step) -> None:
+        """Add a line to metrics.jsonl and to the trackers, if the step carries one."""
+        if step.metrics is None or not self.is_main:
+            return
+        with (self.folder / METRICS).open("a", encoding="utf-8") as stream:
+            stream.write(json.dumps(step.metrics) + "\n")
+        values = {name: value for name, value in step.metrics.items() if name != "step"}
+        self.accelerator.log(values, step=step.number)
+
+    def show(self, picture: Image, step: int) -> None:
+        """Keep a preview as previews/step-000200.png and hand it to the trackers."""
+        import numpy as np
+
+        path = self.folder / "previews" / f"step-{step:06d}.png"
+        path.parent.mkdir(exist_ok=True)
+        picture.save(path)
+        for tracker in self.accelerator.trackers:
+            if hasattr(tracker, "log_images"):
+                layout = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
+                tracker.log_images({"preview": np.asarray(picture)[None]}, step=step, **layout)
+
+    def finish(self, next_command: str) -> None:
+        """Close the trackers, free the folder, and say what to do next."""
+        self.accelerator.end_training()
+        if self.lock is not None:
+            (self.folder / LOCK).unlink(missing_ok=True)
+            self.lock.close()
+        self.say(next_command)
+
+
+def start_run(config: object, train: TrainConfig, *, num_images: int, data_hash: str, weights_file: str) -> Run:
+    """Start a run, or continue the one in ``--output_dir``; leave with 0 if it is finished.
+
+    Nothing is written before the settings, the folder and the lock are found right.
+
+    Args:
+        config: the recipe's settings, whole.
+        train: the part of them that is about the loop.
+        num_images: images of an epoch.
+        data_hash: of the images and captions, from ``batches.data_hash``.
+        weights_file: what the finished run leaves; goes with ``--overwrite``.
+
+    Raises:
+        UsageError: a precision or tracker that is not there, a folder that is not a run, is in use by another process,
+            or holds a run that began with other settings; the settings are named.
+    """
+    folder = train.output_dir
+    _check_tracker(train.report_to)
+    accelerator = _make_accelerator(train, folder)
+    threads = _set_threads(accelerator)
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = train.allow_tf32
+    lock = None
+    if accelerator.is_main_process:
+        lock = _prepare_folder(folder, train, weights_file)
+    accelerator.wait_for_everyone()
+
+    saved = _read_yaml(folder / CONFIG)
+    seed = _choose_seed(train, saved)
+    settings = {**yaml.safe_load(yaml.safe_dump(configs.load.as_dict(config))), "seed": seed}
+    checkpoint = checkpoints.find(folder, train.resume_from_checkpoint)
+    if checkpoint or (folder / PROVENANCE).is_file():
+        _refuse_changes(folder, settings, saved, data_hash)
+    total = train.total_steps(num_images, accelerator.num_processes)
+    if (folder / weights_file).is_file() and _read_json(folder / PROVENANCE).get("steps") == total:
+        accelerator.print(f"{folder}: this run is finished ({total} steps); --overwrite starts anew")
+        raise SystemExit(0)
+
+    run = Run(
+        folder=folder,
+        accelerator=accelerator,
+        train=dataclasses.replace(train, seed=seed),
+        seed=seed,
+        total_steps=total,
+        config_hash=_hash_settings(settings),
+        checkpoint=checkpoint,
+        lock=lock,
+    )
+    done = checkpoints.step_of(checkpoint) if checkpoint else 0
+    before = _read_json(folder / ENVIRONMENT)
+    if checkpoint and before.get("threads") != threads:
+        run.say(f"note: {before.get('threads')} threads before, {threads} now: the result will not be bitwise the same")
+    if run.is_main:
+        (folder / CONFIG).write_text(yaml.safe_dump(settings, sort_keys=False, allow_unicode=True), encoding="utf-8")
+        environment = _environment(accelerator, threads) | {"data_hash": data_hash}
+        (folder / ENVIRONMENT).write_text(json.dumps(environment, indent=2) + "\n", encoding="utf-8")
+        _cut_metrics(folder / METRICS, done)
+        for path in (folder / weights_file, folder / PROVENANCE):
+            path.unlink(missing_ok=True)
+    if train.report_to != "none":
+        accelerator.init_trackers("tisserand", init_kwargs={"tensorboard": {"purge_step": done + 1}})
+    return run
+
+
+def _check_tracker(name: str) -> None:
+    """Refuse a tracker that does not exist or is not installed, before anything is loaded."""
+    known = [str(kind) for kind in LoggerType if kind != "all"]
+    if name not in {*known, "all", "none"}:
+        raise UsageError(f"--report_to {name}: must be one of {', '.join([*known, 'all', 'none'])}")
+    if name in known and importlib.util.find_spec(name) is None:
+        raise UsageError(f"--report_to {name}: the package is not installed; install it, or use --report_to none")
+
+
+def _make_accelerator(train: TrainConfig, folder: Path) -> Accelerator:
+    """Return the accelerator in the precision asked for, by the flag or by the launcher."""
+    precision = train.mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    if precision == "fp16" and not torch.cuda.is_available():
+        raise UsageError("--mixed_precision fp16: needs a GPU; use bf16 or no")
+    return Accelerator(
+        mixed_precision=precision,
+        log_with=None if train.report_to == "none" else train.report_to,
+        project_config=ProjectConfiguration(project_dir=str(folder), logging_dir=str(folder / train.logging_dir)),
+    )
+
+
+def _set_threads(accelerator: Accelerator) -> int:
+    """Give each process its share of the cores, unless the user set OMP_NUM_THREADS; return the number in force.
+
+    `accelerate launch` and `torchrun` set that variable to 1 for their children by themselves. Whether the user meant
+    it shows in the environment and the command line of the launcher, which is our parent.
+    """
+    if accelerator.device.type != "cpu":
+        return torch.get_num_threads()
+    asked = os.environ.get("OMP_NUM_THREADS")
+    if asked is None or (asked == "1" and _launcher_chose_threads()):
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        local = int(os.environ.get("LOCAL_WORLD_SIZE", accelerator.num_processes))
+        torch.set_num_threads(max(1, cores // local))
+    return torch.get_num_threads()
+
+
+def _launcher_chose_threads() -> bool:
+    """Tell whether a launcher, not the user, set OMP_NUM_THREADS."""
+    if not {"ACCELERATE_MIXED_PRECISION", "TORCHELASTIC_RUN_ID"} & os.environ.keys():
+        return False
+    try:
+        parent = psutil.Process(os.getppid())
+        said = any("num_cpu_threads_per_process" in word for word in parent.cmdline())
+        return not said and "OMP_NUM_THREADS" not in parent.environ()
+    except psutil.Error:
+        return True
+
+
+def _prepare_folder(folder: Path, train: TrainConfig, weights_file: str) -> TextIO:
+    """Make the folder, lock it for this process, and clear an earlier run if asked to."""
+    if folder.exists() and not folder.is_dir():
+        raise UsageError(f"--output_dir {folder}: is a file; name a folder")
+    ours = {CONFIG, ENVIRONMENT, METRICS, PROVENANCE, weights_file, "previews", train.logging_dir}
+    if folder.is_dir():
+        strange = {path.name for path in folder.iterdir()} - ours - {LOCK, "cache"}
+        if strange and not (folder / CONFIG).is_file() and not checkpoints.checkpoints(folder):
+            raise UsageError(f"--output_dir {folder}: holds {sorted(strange)[0]} and no run; name another folder")
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = _lock(folder)
+    if train.overwrite:
+        for path in [*(folder / name for name in ours), *checkpoints.checkpoints(folder)]:
+            if path.is_dir():
+                shutil.rmtree(path)
+            else:
+                path.unlink(missing_ok=True)
+    return lock
+
+
+def _lock(folder: Path) -> TextIO:
+    """Hold the folder's lock; the system frees it when the process ends, however it ends."""
+    stream = (folder / LOCK).open("a+", encoding="utf-8")
+    try:
+        fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        stream.seek(0)
+        pid = stream.read().strip() or "unknown"
+        stream.close()
+        raise UsageError(
+            f"--output_dir {folder}: process {pid} trains there; wait for it or name another folder"
+        ) from None
+    stream.truncate(0)
+    stream.write(f"{os.getpid()}\n")
+    stream.flush()
+    return stream
+
+
+def _choose_seed(train: TrainConfig, saved: dict[str, Any]) -> int:
+    """Return the seed asked for, else that of the run being continued, else a fresh one, equal on all processes."""
+    if train.seed is not None:
+        return train.seed
+    if isinstance(saved.get("seed"), int):
+        return int(saved["seed"])
+    from accelerate.utils import broadcast_object_list
+
+    return int(broadcast_object_list([secrets.randbelow(2**31)])[0])
+
+
+def _refuse_changes(folder: Path, settings: dict[str, Any], saved: dict[str, Any], data_hash: str) -> None:
+    """Refuse to continue a run under other settings or on other images."""
+    names = sorted((settings.keys() | saved.keys()) - CHANGEABLE)
+    changed = [name for name in names if settings.get(name) != saved.get(name)]
+    if changed:
+        text = ", ".join(f"--{name} ({saved.get(name)} then, {settings.get(name)} now)" for name in changed)
+        raise UsageError(
+            f"--output_dir {folder}: holds a run begun with other settings: {text}; use --overwrite to start anew"
+        )
+    if _read_json(folder / ENVIRONMENT).get("data_hash", data_hash) != data_hash:
+        raise UsageError(
+            f"--train_data_dir {settings['train_data_dir']}: images or captions differ from those the run in {folder} "
+            "began with; use --overwrite to start anew"
+        )
+
+
+def _hash_settings(settings: dict[str, Any]) -> str:
+    """Return a SHA-256 over the settings that can change what is learned."""
+    kept = {name: value for name, value in settings.items() if name not in _WITHOUT_EFFECT}
+    return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()
+
+
+def _environment(accelerator: Accelerator, threads: int) -> dict[str, Any]:
+    """Return what the result may depend on beside the settings."""
+    device = accelerator.device
+    return {
+        "command": sys.argv,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "libraries": {name: importlib.metadata.version(name) for name in _LIBRARIES},
+        "device": torch.cuda.get_device_name(device)
+        if device.type == "cuda"
+        else f"{device.type} {platform.machine()}",
+        "processes": accelerator.num_processes,
+        "threads": threads,
+        "mixed_precision": accelerator.mixed_precision,
+        "git_revision": _git_revision(),
+    }
+
+
+def _git_revision() -> str | None:
+    """Return the revision of this code, with a plus sign if files differ from it; None outside git."""
+    command = [
+        "git",
+        "-C",
+        str(Path(__file__).parent),
+        "describe",
+        "--always",
+        "--abbrev=40",
+        "--dirty=+",
+        "--exclude=*",
+    ]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def _cut_metrics(path: Path, step: int) -> None:
+    """Drop the lines after ``step``, and one that was being written when the run was killed."""
+    if not path.is_file():
+        return
+    kept = []
+    for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
+        try:
+            if line.endswith("\n") and json.loads(line)["step"] <= step:
+                kept.append(line)
+        except (json.JSONDecodeError, KeyError, TypeError):
+            continue
+    partial = path.with_suffix(".partial")
+    partial.write_text("".join(kept), encoding="utf-8")
+    partial.replace(path)
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    """Return a YAML mapping, or an empty one if there is no file."""
+    return (yaml.safe_load(path.read_text(encoding="utf-8")) or {}) if path.is_file() else {}
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    """Return a JSON object, or an empty one if there is no file."""
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
