@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -18,10 +19,19 @@ def run_settings(adapter: Path) -> dict[str, object]:
     return content if isinstance(content, dict) else {}
 
 
-def dataset_of(adapters: Sequence[Path]) -> Path | None:
-    """Return the dataset folder (that holds ``train/``) the first adapter was trained on, if it is still there."""
-    for adapter in adapters:
-        named = run_settings(adapter).get("train_data_dir")
+def pipeline_provenance(name_or_path: str) -> dict[str, object]:
+    """Return the ``provenance.json`` of a tuned pipeline folder, empty if there is none."""
+    try:
+        content = json.loads((Path(name_or_path) / "provenance.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
+def dataset_of(runs: Sequence[Path]) -> Path | None:
+    """Return the dataset folder (that holds ``train/``) the first run or weights file was trained on, if it is still there."""
+    for run in runs:
+        named = run_settings(run).get("train_data_dir")
         if isinstance(named, str) and Path(named).is_dir():
             folder = Path(named)
             return folder.parent if folder.name == "train" else folder

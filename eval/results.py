@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 import math
+import shlex
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from configs.errors import InputError
 
@@ -62,6 +63,34 @@ class Result:
                 raise ValueError(f"{self.metric}: {name} is {number}; a row holds finite numbers or null")
         if self.value is None and self.verdict != "grey":
             raise ValueError(f"{self.metric}: a row without a value can only be grey, not {self.verdict}")
+
+
+def command_line(module: str, config: object) -> str:
+    """Write the command that gives this config: ``python -m MODULE`` and every option that is not at its default."""
+    words = ["python", "-m", module]
+    for name, value in _changed(config).items():
+        if isinstance(value, bool):
+            words.append(f"--{name}" if value else f"--no_{name}")
+        elif isinstance(value, dict):
+            words += [f"--{name}", *(f"{key}={item}" for key, item in value.items())]
+        else:
+            words += [f"--{name}", *map(str, value if isinstance(value, tuple) else (value,))]
+    return shlex.join(words)
+
+
+def _changed(config: Any) -> dict[str, Any]:
+    """Return the fields that differ from their default, those of nested dataclasses under their own names."""
+    changed: dict[str, Any] = {}
+    for entry in fields(config):
+        value = getattr(config, entry.name)
+        default = entry.default_factory() if callable(entry.default_factory) else entry.default
+        if is_dataclass(value):
+            inner = {} if default is MISSING else {f.name: getattr(default, f.name) for f in fields(value)}
+            mine = {f.name: getattr(value, f.name) for f in fields(value)}
+            changed |= {name: item for name, item in mine.items() if name not in inner or inner[name] != item}
+        elif value != default:
+            changed[entry.name] = value
+    return {name: "null" if value is None else value for name, value in changed.items()}
 
 
 def write_results(path: Path, rows: Iterable[Result]) -> None:

@@ -107,7 +107,7 @@ def sample_latents(
     pipeline.scheduler = make_scheduler(models.scheduler, settings.scheduler)
     pipeline.set_progress_bar_config(disable=True)
     batches = []
-    with _evaluating(models):
+    with evaluating(models):
         prompts = sorted({prompt for prompt, _ in requests} | {settings.negative_prompt})
         embeds = dict(zip(prompts, encode_prompts(models, prompts), strict=True))  # prompt -> (L, D)
         starts = range(0, len(requests), settings.batch_size)
@@ -131,7 +131,7 @@ def sample_latents(
 def decode(models: Models, latents: Tensor, requests: Sequence[Request], *, batch_size: int = 16) -> np.ndarray:
     """Turn scaled latents (N, 4, h, w) into pictures (N, H, W, 3) uint8; raise if one is not finite."""
     pictures = []
-    with _evaluating(models):
+    with evaluating(models):
         for start in range(0, len(latents), batch_size):
             batch = latents[start : start + batch_size].to(models.vae.dtype) / models.vae.config.scaling_factor
             pixels = models.vae.decode(batch).sample.float()  # (B, 3, H, W) in about [-1, 1]
@@ -238,7 +238,7 @@ def _fit(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: i
 
 
 @contextmanager
-def _evaluating(models: Models) -> Iterator[None]:
+def evaluating(models: Models) -> Iterator[None]:
     """Switch dropout and the like off, and put each module back as it was: training may go on afterwards."""
     modules = [models.text_encoder, models.vae, models.unet]
     before = [module.training for module in modules]

@@ -36,6 +36,11 @@ class Probe:
     set: str
     is_light: bool = True
 
+    @property
+    def shown(self) -> str:
+        """The prompt for tables and pictures; the empty one is named."""
+        return self.prompt or "(empty prompt)"
+
 
 def read_probes(name: str) -> list[Probe]:
     """Read a built-in probe list by its name, or a file.

@@ -1,0 +1,334 @@
+r"""What did the model forget? The same probe prompts and seeds through the base and the tuned model.
+
+    python -m eval.drift --pretrained_model_name_or_path assets/tiny-sd --adapter runs/lora \
+        --probes tiny --output_dir out/drift
+
+Needs no outside weights: how far the predictions moved, how much of the pictures looks like a training slice, how much of their
+colour and brightness is left. Per prompt, per set, and the worst prompt, beside what the base shows against itself with other seeds.
+Writes results.jsonl, side_by_side.png, base/, tuned/, records.jsonl and config.yaml.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+import shlex
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from configs.errors import UsageError
+from configs.load import Repeatable, command, save
+from eval.config import SamplingConfig
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+    from torch import Tensor
+
+    from eval.leak import LeakNet
+    from eval.results import Result, Verdict
+    from finetune.core.models import Models
+    from prompts.probes import Probe
+
+SHEET_SEEDS = 3
+SHEET_ROWS = 60
+MIN_RECALL = 0.9
+MAX_FALSE_ALARM = 0.05
+
+
+@dataclass(frozen=True, kw_only=True)
+class DriftConfig:
+    """Settings of ``python -m eval.drift``."""
+
+    pretrained_model_name_or_path: str
+    """The base model under the adapters; or a tuned pipeline folder, with its --base."""
+    base: str | None = None
+    """What a tuned pipeline folder came from; not needed with --adapter."""
+    adapter: Repeatable[tuple[Path, ...]] = ()
+    """Run folder or LoRA file to judge; give it several times for several."""
+    adapter_scale: float = 1.0
+    """Strength of the adapters; 0 gives the base model exactly."""
+    probes: str = "tiny"
+    """Built-in list (tiny, stable_diffusion), or a probe file (YAML, or text with a prompt per line)."""
+    full: bool = False
+    """Ask all probes of the list, not only those of its short check."""
+    num_images: int = 4
+    """Pictures per probe. Fewer than 4 are shown but not judged."""
+    seed: int = 0
+    """The pictures of a probe have the seeds seed, seed + 1, ...; the base against itself takes the next ones."""
+    num_timesteps: int = 8
+    """Noise levels at which predictions are compared."""
+    captions: tuple[str, ...] = ()
+    """Prompts of the trained domain, to compare the change with; those the adapter was trained on if absent."""
+    real: Path | None = None
+    """Dataset folder with the training slices, to recognise them in pictures; the adapter's own if absent and still there."""
+    num_slices: int = 192
+    """Training slices to learn their texture from."""
+    sampling: SamplingConfig = SamplingConfig(num_inference_steps=20, batch_size=32)
+    output_dir: Path
+    """Folder to write."""
+    overwrite: bool = False
+    """Replace the folder if it is there."""
+
+    def __post_init__(self) -> None:
+        """Refuse a comparison of nothing, and counts below one."""
+        if not self.adapter and self.base is None:
+            raise ValueError("--adapter: nothing to compare; give the adapter, or a tuned pipeline with its --base")
+        for flag in ("num_images", "num_timesteps", "num_slices"):
+            if getattr(self, flag) < 1:
+                raise ValueError(f"--{flag} {getattr(self, flag)}: at least 1")
+        if not 0 <= self.seed < 2**62:
+            raise ValueError(f"--seed {self.seed}: from 0 to 2^62")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evidence:
+    """Everything that was made with the models, before any of it is judged.
+
+    Letters: P probes, S seeds, C captions, K latents, T timesteps. Pictures (P, S, H, W, 3) uint8, predictions
+    (P or C, K, T, 4, h, w).
+    """
+
+    base: NDArray[np.uint8]
+    base_again: NDArray[np.uint8]
+    tuned: NDArray[np.uint8]
+    base_predictions: Tensor
+    tuned_predictions: Tensor
+    captions: tuple[str, ...]
+    base_caption_predictions: Tensor | None
+    tuned_caption_predictions: Tensor | None
+
+
+def main(config: DriftConfig) -> None:
+    """Make the pictures and predictions of both models, score them, and publish the folder when it is whole."""
+    from data_prep.manifest import check_free, publish
+    from prompts.probes import probes_hash, read_probes
+
+    check_free(config.output_dir, overwrite=config.overwrite)
+    probes = [probe for probe in read_probes(config.probes) if config.full or probe.is_light]
+    if not probes:
+        raise UsageError(f"--probes {config.probes}: marks no probe as light; pass --full")
+
+    from eval.drift_scores import score_drift
+    from eval.provenance import captions_of, dataset_of, pipeline_provenance
+    from eval.results import command_line, write_results
+    from eval.sampling import load_tuned
+    from finetune.core.models import model_hash
+
+    base_name = config.base or config.pretrained_model_name_or_path
+    tuned = load_tuned(config.pretrained_model_name_or_path, config.adapter, config.adapter_scale)
+    base = tuned.models if config.base is None else load_tuned(config.base).models
+    provenances = [*tuned.provenances, pipeline_provenance(config.pretrained_model_name_or_path)]
+    runs = [*config.adapter, Path(config.pretrained_model_name_or_path)]
+    config = dataclasses.replace(
+        config,
+        captions=config.captions or tuple(captions_of(provenances)),
+        real=config.real or dataset_of(runs),
+        sampling=dataclasses.replace(
+            config.sampling,
+            height=config.sampling.height or base.size_px,
+            width=config.sampling.width or base.size_px,
+        ),
+    )
+    hashes = {"base": model_hash(base_name), "probes": probes_hash(probes)}
+    hashes |= {f"adapter {index}": str(item["hash"]) for index, item in enumerate(tuned.adapters)}
+    if config.base is not None:
+        hashes["tuned"] = model_hash(config.pretrained_model_name_or_path)
+    evidence = gather(config, probes, base, tuned.models)
+    detector, why_blind, controls = _learn_slices(config, base, evidence)
+    rows, per_picture = score_drift(probes, evidence, detector, why_blind)
+    finish = {"hashes": hashes, "command": command_line("eval.drift", config)}
+    rows = [dataclasses.replace(row, **finish) for row in (*rows, *controls)]
+
+    with publish(config.output_dir, overwrite=config.overwrite) as folder:
+        write_results(folder / "results.jsonl", rows)
+        _save_pictures(folder, config, probes, evidence, per_picture)
+        save(config, folder / "config.yaml")
+    print(_table(rows))
+    print(f"look at {config.output_dir / 'side_by_side.png'}")
+    print(f"next: {_next(config)}")
+
+
+def gather(config: DriftConfig, probes: Sequence[Probe], base: Models, tuned: Models) -> Evidence:
+    """Run both models. They may be the same object with adapters on, which are then switched off for the base's part."""
+    from eval.divergence import predictions
+    from eval.sampling import decode, require_light, sample, sample_latents
+    from finetune.core.models import set_adapter_scale
+
+    settings, count = config.sampling, config.num_images
+    seeds = range(config.seed, config.seed + count)
+    requests = [(probe.prompt, seed) for probe in probes for seed in seeds]
+    others = [(prompt, seed + count) for prompt, seed in requests]
+    num_latents = min(2, count)
+
+    def predict(models: Models, prompts: Sequence[str], latents: Tensor) -> Tensor:
+        return predictions(
+            models,
+            prompts,
+            latents,
+            num_timesteps=config.num_timesteps,
+            seed=config.seed,
+            batch_size=settings.batch_size,
+        )
+
+    if base is tuned:
+        set_adapter_scale(base, 0.0)
+    latents = sample_latents(base, requests, settings, progress="base")
+    pictures = decode(base, latents, requests, batch_size=settings.batch_size)
+    again = sample(base, others, settings, progress="base, other seeds")
+    latents = latents.unflatten(0, (len(probes), count))[:, :num_latents].cpu()
+    prompts = [probe.prompt for probe in probes]
+    base_predictions = predict(base, prompts, latents)
+    base_in, caption_latents = None, None
+    if config.captions:
+        asked = [(text, seed) for text in config.captions for seed in seeds[:num_latents]]
+        caption_latents = sample_latents(base, asked, settings, progress="base, captions")
+        caption_latents = caption_latents.unflatten(0, (len(config.captions), num_latents)).cpu()
+        base_in = predict(base, config.captions, caption_latents)
+
+    if base is tuned:
+        set_adapter_scale(tuned, config.adapter_scale)
+    tuned_pictures = sample(tuned, requests, settings, progress="tuned")
+    for made in (pictures, tuned_pictures):
+        require_light(made, requests)
+    shape = (len(probes), count, *pictures.shape[1:])
+    return Evidence(
+        base=pictures.reshape(shape),
+        base_again=again.reshape(shape),
+        tuned=tuned_pictures.reshape(shape),
+        base_predictions=base_predictions,
+        tuned_predictions=predict(tuned, prompts, latents),
+        captions=config.captions,
+        base_caption_predictions=base_in,
+        tuned_caption_predictions=None if caption_latents is None else predict(tuned, config.captions, caption_latents),
+    )
+
+
+def _learn_slices(config: DriftConfig, base: Models, evidence: Evidence) -> tuple[LeakNet | None, str, list[Result]]:
+    """Train the network that recognises training slices, and check it on slices and pictures it has not seen.
+
+    Returns:
+        The network, or None and the reason; and the rows of its two controls.
+    """
+    from eval.leak import is_leaked, read_slices, round_trip, train_leak_net
+    from eval.results import Result
+
+    if config.real is None:
+        return None, "no training slices to compare with; give --real DATASET", []
+    size = (config.sampling.height or base.size_px, config.sampling.width or base.size_px)
+    train = config.real / "train" if (config.real / "train").is_dir() else config.real
+    slices = read_slices(train, size, limit=config.num_slices, seed=config.seed)
+    if (config.real / "validation" / "metadata.jsonl").is_file():
+        kept = read_slices(config.real / "validation", size, limit=max(16, config.num_slices // 3), seed=config.seed)
+    else:
+        slices, kept = slices[::2], slices[1::2]
+    if not kept:
+        return None, f"{train} holds {len(slices)} slices; too few to learn from", []
+    negatives = list(evidence.base_again.reshape(-1, *evidence.base_again.shape[2:]))
+    detector = train_leak_net([*slices, *round_trip(base, slices)], negatives, seed=config.seed)
+    found = is_leaked(detector.patch_shares(round_trip(base, kept)))
+    alarms = is_leaked(detector.patch_shares(evidence.base.reshape(-1, *evidence.base.shape[2:])))
+    works = {
+        "leak_recall": (found, found.mean() >= MIN_RECALL, f"at least {MIN_RECALL} of held-out slices must be found"),
+        "leak_false_alarm": (alarms, alarms.mean() <= MAX_FALSE_ALARM, f"at most {MAX_FALSE_ALARM} of base pictures"),
+    }
+    controls = [
+        Result(
+            metric=name,
+            set="control",
+            value=float(hits.mean()),
+            n=len(hits),
+            unit="share",
+            verdict="ok" if passed else "warn",
+            reason="" if passed else f"detector blind: {rule}",
+        )
+        for name, (hits, passed, rule) in works.items()
+    ]
+    failed = [f"{row.metric} {row.value:.2f}, {row.reason}" for row in controls if row.verdict != "ok"]
+    return (None if failed else detector), "; ".join(failed), controls
+
+
+def _save_pictures(
+    folder: Path,
+    config: DriftConfig,
+    probes: Sequence[Probe],
+    evidence: Evidence,
+    per_picture: Sequence[dict[str, float]],
+) -> None:
+    """Write all pictures, their records, and the sheet with base and tuned side by side."""
+    from PIL import Image
+
+    from eval.sampling import contact_sheet
+
+    seeds = range(config.seed, config.seed + config.num_images)
+    records = []
+    for role, pictures in (("base", evidence.base), ("tuned", evidence.tuned)):
+        (folder / role).mkdir()
+        for p, probe in enumerate(probes):
+            for s, seed in enumerate(seeds):
+                name = f"{role}/{probe.set}-{re.sub('[^A-Za-z0-9_-]+', '-', probe.id)}-seed{seed:04d}.png"
+                Image.fromarray(pictures[p, s]).save(folder / name)
+                numbers = per_picture[p * len(seeds) + s] if role == "tuned" else {}
+                record = {"file_name": name, "model": role, "set": probe.set, "id": probe.id, "prompt": probe.prompt}
+                records.append({**record, "seed": seed, **numbers})
+    text = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+    (folder / "records.jsonl").write_text(text, encoding="utf-8")
+
+    columns, shown = min(len(seeds), SHEET_SEEDS), probes[:SHEET_ROWS]
+    images = [
+        pictures[p, s]
+        for p in range(len(shown))
+        for s in range(columns)
+        for pictures in (evidence.base, evidence.tuned)
+    ]
+    headers = [f"{role}, seed {seed}" for seed in seeds[:columns] for role in ("base", "tuned")]
+    labels = [f"{probe.set}  {probe.shown}" for probe in shown]
+    contact_sheet(images, len(shown), 2 * columns, labels, headers).save(folder / "side_by_side.png")
+
+
+def _table(rows: Sequence[Result]) -> str:
+    """Write one line per set with its scores and A/A bands, and one for the worst prompt."""
+    metrics = {"divergence_ratio": "moved", "leak": "leak", "colourfulness_ratio": "colour", "luminance_ratio": "light",
+               "retention": "kept"}  # fmt: skip
+    by_key = {(row.metric, row.set): row for row in rows if not row.prompt}
+    lines = [["set", *metrics.values(), "verdict"]]
+    for name in dict.fromkeys(row.set for row in rows if row.set not in {"", "control", "captions"}):
+        found = [by_key.get((metric, name)) for metric in metrics]
+        cells = [_cell(row, by_key.get((f"{metric}_aa", name))) for metric, row in zip(metrics, found, strict=True)]
+        judged = [row.verdict for row in rows if row.set == name and not row.prompt]
+        lines.append([name, *cells, _worst(judged)])
+    widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
+    text = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines]
+    overall = next(row for row in rows if row.metric == "worst_prompt")
+    text.append(f"worst prompt: '{overall.prompt}' ({overall.set}), {overall.unit} {overall.value:.2f}")
+    text.append(f"verdict: {overall.verdict}" + (f" ({overall.reason})" if overall.reason else ""))
+    text += [f"leak not measured: {row.reason}" for row in rows if row.metric == "leak" and row.value is None and not row.set]
+    return "\n".join(text)
+
+
+def _worst(verdicts: Sequence[Verdict]) -> str:
+    from eval.verdicts import worst
+
+    return worst(verdicts)
+
+
+def _cell(row: Result | None, band: Result | None) -> str:
+    """Write a value, with its A/A band where it has one."""
+    if row is None or row.value is None:
+        return "-"
+    return f"{row.value:.2f}" + (f" [{band.low:.2f}, {band.high:.2f}]" if band is not None else "")
+
+
+def _next(config: DriftConfig) -> str:
+    """Return the command that makes sense after this one."""
+    run = config.adapter[0] if config.adapter else Path(config.pretrained_model_name_or_path)
+    run = run.parent if run.is_file() else run
+    report = config.output_dir.parent / "report.html"
+    return f"python -m eval.report {shlex.join(['--run', str(run), '--results', str(config.output_dir), '--output', str(report)])}"
+
+
+if __name__ == "__main__":
+    command(DriftConfig, main)

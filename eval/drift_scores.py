@@ -1,0 +1,322 @@
+"""Scores of drift from what both models made: rows per prompt, per set, and the worst prompt.
+
+Letters: P probes, S seeds, n a number of pictures or predictions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+from eval.colour import FAINT, MEASURES
+from eval.distances import Interval
+from eval.divergence import divergence_parts
+from eval.intervals import hierarchical, interval_of, noise_band, ratio_of_means, resample, share_interval
+from eval.leak import LeakNet, is_leaked
+from eval.results import Result, Verdict
+from eval.verdicts import DIVERGENCE_RATIO_WARN, Limits, judge_prompt, judge_set, limits_of, worst
+from prompts.probes import Probe
+
+if TYPE_CHECKING:
+    from eval.drift import Evidence
+
+Floats = NDArray[np.float64]
+EXACT = 0.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Score:
+    """One score over all probes, ready to be cut into sets.
+
+    Attributes:
+        metric: its name.
+        unit: its unit.
+        of: rows (indices of probes) -> mean over them with its interval.
+        floor: (P,) what the base shows against itself.
+        band: rows -> A/A band of a mean over them.
+        counts: (P,) whether the probe counts; the others are grey with ``why_not``.
+        why_not: reason.
+    """
+
+    metric: str
+    unit: str
+    of: Callable[[NDArray[np.int64]], Interval]
+    floor: Floats
+    band: Callable[[NDArray[np.int64]], Interval]
+    counts: NDArray[np.bool_]
+    why_not: str
+
+
+def score_drift(
+    probes: Sequence[Probe], evidence: Evidence, detector: LeakNet | None, why_blind: str
+) -> tuple[list[Result], list[dict[str, float]]]:
+    """Return the rows of ``results.jsonl`` and, for each tuned picture in order, its own numbers.
+
+    Args:
+        probes: P probes.
+        evidence: pictures and predictions of both models.
+        detector: recognises training slices; None if there is none that can.
+        why_blind: why there is none.
+    """
+    colours = _colours(evidence)
+    scores = [_colour_score(name, *values) for name, values in colours.items()]
+    per_picture = {name: tuned for name, (tuned, _, _) in colours.items()}
+    num_seeds = evidence.base.shape[1]
+    rows = _divergence_rows(probes, evidence)
+    if detector is not None:
+        leaks = [_patch_shares(detector, pictures) for pictures in (evidence.tuned, evidence.base)]
+        per_picture["leaked_patches"] = leaks[0]
+        scores += [_leak_score(*leaks), _patch_leak_score(*leaks), _retention_score(*leaks, *colours["colourfulness"])]
+    for score in scores:
+        rows += _rows(score, probes, num_seeds)
+    if detector is None:
+        rows += [Result(metric=metric, unit="share", reason=why_blind) for metric in ("leak", "patch_leak", "retention")]
+    numbers = [
+        {name: round(float(values[p, s]), 4) for name, values in per_picture.items()}
+        for p in range(len(probes))
+        for s in range(num_seeds)
+    ]
+    return [*rows, _overall(rows)], numbers
+
+
+def _rows(score: Score, probes: Sequence[Probe], num_seeds: int) -> list[Result]:
+    """Cut one score into rows: the prompts of a set, then the set."""
+    rows = []
+    for name in dict.fromkeys(probe.set for probe in probes):
+        members = np.array([index for index, probe in enumerate(probes) if probe.set == name])
+        verdicts: list[Verdict] = []
+        for index in members:
+            one = np.array([index])
+            common = {"metric": score.metric, "set": name, "prompt": probes[index].shown, "unit": score.unit}
+            if not score.counts[index]:
+                rows.append(Result(**common, n=num_seeds, reason=score.why_not))
+                continue
+            value = score.of(one)
+            verdict, reason = judge_prompt(score.metric, value, score.band(one), limits_of(name), num_seeds)
+            verdicts.append(verdict)
+            rows.append(
+                Result(
+                    **common,
+                    value=value.value,
+                    low=value.low,
+                    high=value.high,
+                    n=num_seeds,
+                    n_eff=num_seeds,
+                    floor=float(score.floor[index]),
+                    verdict=verdict,
+                    reason=reason,
+                )
+            )
+        rows += _set_rows(score, name, members[score.counts[members]], verdicts, num_seeds)
+    return rows
+
+
+def _set_rows(
+    score: Score, name: str, members: NDArray[np.int64], verdicts: list[Verdict], num_seeds: int
+) -> list[Result]:
+    """Return the row of a set and its A/A band."""
+    if not len(members):
+        return [Result(metric=score.metric, set=name, unit=score.unit, reason=score.why_not)]
+    value, band, count = score.of(members), score.band(members), len(members) * num_seeds
+    verdict, reason = judge_set(score.metric, value, band, limits_of(name), count, verdicts)
+    common = {"set": name, "unit": score.unit, "n": count, "n_eff": len(members)}
+    return [
+        Result(
+            metric=score.metric,
+            value=value.value,
+            low=value.low,
+            high=value.high,
+            floor=float(score.floor[members].mean()),
+            verdict=verdict,
+            reason=reason,
+            **common,
+        ),
+        Result(
+            metric=f"{score.metric}_aa",
+            value=band.value,
+            low=band.low,
+            high=band.high,
+            reason="A/A band: the base against itself with other seeds",
+            **common,
+        ),
+    ]
+
+
+def _overall(rows: Sequence[Result]) -> Result:
+    """Return the row of the whole check: the worst verdict of all, and the prompt that fared worst."""
+    of_prompts = {metric: [row for row in rows if row.metric == metric and row.prompt and row.value is not None]
+                  for metric in ("retention", "divergence")}  # fmt: skip
+    if of_prompts["retention"]:
+        least = min(of_prompts["retention"], key=lambda row: row.value or 0.0)
+    else:
+        least = max(of_prompts["divergence"], key=lambda row: row.value or 0.0)
+    verdict = worst([row.verdict for row in rows])
+    flagged = dict.fromkeys(f"{row.metric} in {row.set}" for row in rows if row.verdict == verdict and row.set)
+    return replace(
+        least,
+        metric="worst_prompt",
+        unit=least.metric,
+        verdict=verdict,
+        reason="; ".join(flagged) if verdict in {"warn", "stop"} else "",
+    )
+
+
+def _divergence_rows(probes: Sequence[Probe], evidence: Evidence) -> list[Result]:
+    """Return how far the predictions moved, absolutely and against how far they moved for the trained captions."""
+    difference, scale = divergence_parts(evidence.tuned_predictions, evidence.base_predictions)  # (P, K)
+    per_latent = evidence.base_predictions.shape[2]
+    own: Floats | None = None
+    rows: list[Result] = []
+    why = "no captions of the trained domain; give --captions"
+    if evidence.tuned_caption_predictions is not None and evidence.base_caption_predictions is not None:
+        parts = divergence_parts(evidence.tuned_caption_predictions, evidence.base_caption_predictions)
+        rows.append(_divergence_row("captions", "", *parts, per_latent))
+        mean, own = float(ratio_of_means(*parts).mean()), resample(ratio_of_means, *parts, seed=1)
+        why = "" if mean > 0 else "nothing changed for the captions"
+    for name in dict.fromkeys(probe.set for probe in probes):
+        members = np.array([index for index, probe in enumerate(probes) if probe.set == name])
+        for index, prompt in (*((np.array([m]), probes[m].shown) for m in members), (members, "")):
+            row = _divergence_row(name, prompt, difference[index], scale[index], per_latent)
+            ratio = Result(metric="divergence_ratio", set=name, prompt=prompt, n=row.n, unit="ratio", reason=why)
+            if own is not None and not why:
+                resamples = resample(ratio_of_means, difference[index], scale[index]) / np.maximum(own, mean / 100)
+                interval = interval_of((row.value or 0.0) / mean, resamples)
+                verdict, reason = _judge_ratio(name, interval.value)
+                ratio = replace(
+                    ratio,
+                    value=interval.value,
+                    low=interval.low,
+                    high=interval.high,
+                    n_eff=row.n_eff,
+                    floor=EXACT,
+                    verdict=verdict,
+                    reason=reason,
+                )
+            rows += [row, ratio]
+    return rows
+
+
+def _divergence_row(name: str, prompt: str, difference: Floats, scale: Floats, per_latent: int) -> Result:
+    """Return the divergence of some prompts, (P, K) each; exactly 0 where no prediction changed."""
+    value = hierarchical(ratio_of_means, difference, scale)
+    return Result(
+        metric="divergence",
+        set=name,
+        prompt=prompt,
+        value=value.value,
+        low=value.low,
+        high=value.high,
+        n=difference.size * per_latent,
+        n_eff=difference.size if prompt else len(difference),
+        floor=EXACT,
+        unit="relative mean square",
+        verdict="grey" if value.value else "ok",
+        reason="a distance; judged as its ratio to the captions'" if value.value else "",
+    )
+
+
+def _judge_ratio(name: str, value: float) -> tuple[Verdict, str]:
+    """Judge the divergence ratio: it only ever calls for a look at pictures."""
+    if limits_of(name) == Limits():
+        return "grey", "reported, not judged"
+    if value > DIVERGENCE_RATIO_WARN:
+        return "warn", f"moved by more than {DIVERGENCE_RATIO_WARN:g} of what the captions moved: look at the pictures"
+    return "ok", ""
+
+
+def _colours(evidence: Evidence) -> dict[str, tuple[Floats, Floats, Floats]]:
+    """Return each colour measure of the tuned, the base, and the base with other seeds, (P, S) each."""
+    made = (evidence.tuned, evidence.base, evidence.base_again)
+    return {name: tuple(_per_picture(measure, pictures) for pictures in made) for name, measure in MEASURES.items()}
+
+
+def _per_picture(measure: Callable[[NDArray[np.uint8]], Floats], pictures: NDArray[np.uint8]) -> Floats:
+    """Apply a measure of (N, H, W, 3) to (P, S, H, W, 3), giving (P, S)."""
+    return measure(pictures.reshape(-1, *pictures.shape[2:])).reshape(pictures.shape[:2])
+
+
+def _colour_score(name: str, tuned: Floats, base: Floats, again: Floats) -> Score:
+    """Compare a colour measure with the base, picture by picture of the same seed."""
+    counts = (base.mean(axis=1) >= FAINT[name]) & (again.mean(axis=1) >= FAINT[name])
+    floor = np.ones(len(base))
+    floor[counts] = ratio_of_means(again[counts], base[counts])
+    return Score(
+        metric=f"{name}_ratio",
+        unit="ratio",
+        of=lambda rows: hierarchical(ratio_of_means, tuned[rows], base[rows]),
+        floor=floor,
+        band=lambda rows: noise_band(floor[counts], len(rows)),
+        counts=counts,
+        why_not=f"the base's own pictures have too little {name} for a ratio",
+    )
+
+
+def _leak_score(tuned: Floats, base: Floats) -> Score:
+    """Return the share of pictures with more than 30 % slice-like patches; the base's own share is its false alarms."""
+    hits, own = is_leaked(tuned), is_leaked(base)
+    return Score(
+        metric="leak",
+        unit="share",
+        of=lambda rows: share_interval(hits[rows]),
+        floor=own.mean(axis=1),
+        band=lambda rows: hierarchical(_mean, own[rows]),
+        counts=np.ones(len(hits), dtype=np.bool_),
+        why_not="",
+    )
+
+
+def _patch_leak_score(tuned: Floats, base: Floats) -> Score:
+    """Return the share of slice-like patches."""
+    return Score(
+        metric="patch_leak",
+        unit="share",
+        of=lambda rows: hierarchical(_mean, tuned[rows]),
+        floor=base.mean(axis=1),
+        band=lambda rows: hierarchical(_mean, base[rows]),
+        counts=np.ones(len(tuned), dtype=np.bool_),
+        why_not="",
+    )
+
+
+def _retention_score(leak: Floats, base_leak: Floats, tuned: Floats, base: Floats, again: Floats) -> Score:
+    """Return (1 - patch leak) x min(1, colour ratio), on prompts whose base pictures do not look like slices themselves.
+
+    Prompts without colour to lose (grey textures) are judged by the leak alone.
+    """
+    has_colour = (base.mean(axis=1) >= FAINT["colourfulness"]) & (again.mean(axis=1) >= FAINT["colourfulness"])
+    tuned, base, again = (np.where(has_colour[:, None], values, 1.0) for values in (tuned, base, again))
+    counts = ~is_leaked(base_leak.mean(axis=1)).astype(np.bool_)
+    ratios = ratio_of_means(again, base)[has_colour]
+
+    def retained(leak: Floats, above: Floats, below: Floats) -> Floats:
+        return (1 - leak.mean(axis=-1)) * np.minimum(1, ratio_of_means(above, below))
+
+    def band(rows: NDArray[np.int64]) -> Interval:
+        own = hierarchical(retained, base_leak[rows], again[rows], base[rows])
+        noise = noise_band(ratios, len(rows)).low if has_colour[rows].any() and len(ratios) else 1.0
+        patches = float(1 - base_leak[rows].mean())
+        return Interval(value=own.value, low=min(own.low, patches * noise), high=1.0)
+
+    return Score(
+        metric="retention",
+        unit="share",
+        of=lambda rows: hierarchical(retained, leak[rows], tuned[rows], base[rows]),
+        floor=retained(base_leak, again, base),
+        band=band,
+        counts=counts,
+        why_not="the base's own pictures look like slices here",
+    )
+
+
+def _patch_shares(detector: LeakNet, pictures: NDArray[np.uint8]) -> Floats:
+    """Return the share of slice-like patches, (P, S, H, W, 3) -> (P, S)."""
+    return _per_picture(detector.patch_shares, pictures)
+
+
+def _mean(values: Floats) -> Floats:
+    """Mean over seeds."""
+    return np.asarray(values.mean(axis=-1))

@@ -1,0 +1,162 @@
+"""From drift scores to ok, warn and stop: the limits, and when a number may speak at all.
+
+The limits are starting points. A score is flagged only where it is beyond its limit and also outside the A/A band, which is what the
+base model shows against itself with other seeds. With too few pictures it is grey and flags nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from eval.distances import Interval
+from eval.results import Verdict
+
+MIN_PICTURES = 4
+"""Fewer pictures than this cannot be judged."""
+DIVERGENCE_RATIO_WARN = 0.10
+"""Share of the in-domain change that other prompts may undergo unnoticed."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Limits:
+    """Limits of one probe set; None where a score does not count.
+
+    ``leak`` is bad above, ``retention`` and ``colour`` are bad below.
+
+    Attributes:
+        leak_warn, leak_stop: share of leaked pictures.
+        retention_warn, retention_stop: mean over the set; the stop asks for the whole interval.
+        retention_stop_prompt: of one prompt.
+        colour_warn, colour_stop: colour and brightness ratios.
+        stop_share: share of the prompts that must be beyond a stop limit to stop the set; 0: any one.
+    """
+
+    leak_warn: float | None = None
+    leak_stop: float | None = None
+    retention_warn: float | None = None
+    retention_stop: float | None = None
+    retention_stop_prompt: float | None = None
+    colour_warn: float | None = None
+    colour_stop: float | None = None
+    stop_share: float = 0.0
+
+
+FAR = Limits(
+    leak_warn=0.02,
+    leak_stop=0.5,
+    retention_warn=0.95,
+    retention_stop=0.85,
+    retention_stop_prompt=0.5,
+    colour_warn=0.90,
+    colour_stop=0.6,
+)
+LIMITS: dict[str, Limits] = {
+    "G0": FAR,
+    "G1": Limits(leak_warn=0.10, leak_stop=0.75, retention_warn=0.85, retention_stop=0.60, stop_share=0.5),
+    "G2": Limits(retention_warn=0.70),
+    "G3": FAR,
+    "G4": Limits(leak_warn=0.10, leak_stop=0.5),
+    "G5": Limits(),
+}
+
+
+def limits_of(probe_set: str) -> Limits:
+    """Return the limits of a set; one of the user's own is judged like those far from the domain."""
+    return LIMITS.get(probe_set, FAR)
+
+
+def judge_prompt(metric: str, score: Interval, band: Interval, limits: Limits, pictures: int) -> tuple[Verdict, str]:
+    """Judge one prompt by its value.
+
+    Args:
+        metric: ``leak``, ``retention``, or a colour ratio (``luminance_ratio`` is bad on both sides).
+        score: value and 95 % interval.
+        band: A/A band of a single prompt.
+        limits: of the prompt's set.
+        pictures: how many pictures the score is made of.
+    """
+    warn, stop = _pair(metric, limits)
+    stop = limits.retention_stop_prompt if metric == "retention" else stop
+    if grey := _grey(warn, stop, pictures):
+        return "grey", grey
+    value = _badness(metric, score)[0]
+    outside = value > _badness(metric, band)[2]
+    # At the stop limit itself, half of the pictures leaked: that counts.
+    if stop is not None and outside and value >= _bad(metric, stop):
+        return "stop", f"beyond {stop:g}"
+    if warn is not None and outside and value > _bad(metric, warn):
+        return "warn", f"beyond {warn:g}"
+    return "ok", ""
+
+
+def judge_set(
+    metric: str, score: Interval, band: Interval, limits: Limits, pictures: int, prompts: Sequence[Verdict]
+) -> tuple[Verdict, str]:
+    """Judge a set by its mean and by its prompts.
+
+    Args:
+        metric: as for ``judge_prompt``.
+        score: mean over the prompts, with its interval.
+        band: A/A band of a mean over so many prompts.
+        limits: of the set.
+        pictures: in all.
+        prompts: verdicts of the single prompts.
+    """
+    warn, stop = _pair(metric, limits)
+    if grey := _grey(warn, stop, pictures):
+        return "grey", grey
+    stopped, flagged = (sum(verdict in kinds for verdict in prompts) for kinds in ({"stop"}, {"warn", "stop"}))
+    if stopped and stopped >= limits.stop_share * len(prompts):
+        return "stop", f"{stopped} of {len(prompts)} prompts beyond the stop limit"
+    value, best, _ = _badness(metric, score)
+    outside = value > _badness(metric, band)[2]
+    if metric != "leak" and stop is not None and outside and best > _bad(metric, stop):
+        return "stop", f"whole interval beyond {stop:g}"
+    if warn is not None and outside and value > _bad(metric, warn):
+        return "warn", f"beyond {warn:g}"
+    return ("warn", f"{flagged} of {len(prompts)} prompts flagged") if flagged else ("ok", "")
+
+
+def worst(verdicts: Sequence[Verdict]) -> Verdict:
+    """Return the worst verdict; grey only if nothing was judged."""
+    order: tuple[Verdict, ...] = ("grey", "ok", "warn", "stop")
+    return max(verdicts, key=order.index, default="grey")
+
+
+def _grey(warn: float | None, stop: float | None, pictures: int) -> str:
+    """Say why a score cannot be judged, or nothing."""
+    if warn is None and stop is None:
+        return "reported, not judged"
+    return f"{pictures} pictures; {MIN_PICTURES} are needed to judge" if pictures < MIN_PICTURES else ""
+
+
+def _pair(metric: str, limits: Limits) -> tuple[float | None, float | None]:
+    """Return the warn and the stop limit of a score."""
+    if metric == "leak":
+        return limits.leak_warn, limits.leak_stop
+    if metric == "retention":
+        return limits.retention_warn, limits.retention_stop
+    if metric.endswith("_ratio"):
+        return limits.colour_warn, limits.colour_stop
+    return None, None
+
+
+def _badness(metric: str, score: Interval) -> tuple[float, float, float]:
+    """Return value, best and worst end of the interval, all turned so that 0 is ideal and larger is worse."""
+    if metric == "leak":
+        return score.value, score.low, score.high
+    if metric == "luminance_ratio":
+        ends = sorted(_folded(end) for end in (score.low, score.high))
+        return _folded(score.value), 0.0 if score.low <= 1 <= score.high else ends[0], ends[1]
+    return 1 - score.value, 1 - score.high, 1 - score.low
+
+
+def _folded(ratio: float) -> float:
+    """Return how far a ratio is from 1, the same for r and 1 / r, in [0, 1]."""
+    return 1 - (min(ratio, 1 / ratio) if ratio > 0 else 0.0)
+
+
+def _bad(metric: str, limit: float) -> float:
+    """Turn a limit the way ``_badness`` turns scores."""
+    return limit if metric == "leak" else 1 - limit
