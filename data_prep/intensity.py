@@ -23,7 +23,7 @@ _SAMPLES_PER_PLANE = 131072
 
 @dataclass(frozen=True, kw_only=True)
 class Window:
-    """A linear map of stored values to grey levels: ``low`` becomes 0, ``high`` becomes 255, what lies beyond is clipped.
+    """A linear map of stored values to grey levels: ``low`` becomes 0, ``high`` 255, what lies beyond is clipped.
 
     ``low`` above ``high`` turns the picture round. The same window for every slice of a volume keeps brightness
     comparable between slices.

@@ -1,8 +1,8 @@
 """Grey PNG pictures, written fast.
 
-Encoding is what slicing spends its time on. Noisy scans hold no repeated strings, and looking for them costs the time of
-a general encoder; the difference to the row above, coded by frequency and runs alone, is as small. Pillow cannot be told
-to combine the two, hence these lines.
+Encoding is what slicing spends its time on. Noisy scans hold no repeated strings, and looking for them costs the time
+of a general encoder; the difference to the row above, coded by frequency and runs alone, is as small. Pillow cannot be
+told to combine the two, hence these lines.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def encode(picture: NDArray[np.uint8]) -> bytes:
     np.subtract(picture[1:], picture[:-1], out=lines[1:, 1:])
     coder = zlib.compressobj(level=1, strategy=zlib.Z_RLE)
     header = struct.pack(">IIBBBBB", columns, rows, 8, 0, 0, 0, 0)
-    data = coder.compress(lines) + coder.flush()
+    data = coder.compress(lines.data) + coder.flush()
     return _SIGNATURE + _chunk(b"IHDR", header) + _chunk(b"IDAT", data) + _chunk(b"IEND", b"")
 
 

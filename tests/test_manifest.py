@@ -33,9 +33,13 @@ def test_publish_puts_the_folder_in_place_only_at_the_end(tmp_path: Path) -> Non
 
 
 def test_publish_leaves_nothing_behind_when_the_body_fails(tmp_path: Path) -> None:
-    with pytest.raises(KeyboardInterrupt), publish(tmp_path / "out") as folder:
-        (folder / "a.txt").write_text("a")
-        raise KeyboardInterrupt
+    def interrupted() -> None:
+        with publish(tmp_path / "out") as folder:
+            (folder / "a.txt").write_text("a")
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
     assert list(tmp_path.iterdir()) == []
 
 
@@ -81,7 +85,8 @@ def test_rows_survive_a_round_trip(tmp_path: Path, row: SliceRow) -> None:
 def test_a_row_has_exactly_the_columns_of_the_contract(tmp_path: Path) -> None:
     write_rows(tmp_path, [dataclasses.replace(ROW, um_per_px=(10, 12))])
     line = (tmp_path / "metadata.jsonl").read_text()
-    assert list(json.loads(line)) == "file_name text volume state axis index box width height um_per_px".split()
+    names = ["file_name", "text", "volume", "state", "axis", "index", "box", "width", "height", "um_per_px"]
+    assert list(json.loads(line)) == names
     assert line.endswith('"um_per_px": [10.0, 12.0]}\n')
 
 
@@ -114,9 +119,9 @@ def test_a_bad_row_is_named_with_its_line(tmp_path: Path, line: str, message: st
 
 
 def test_a_folder_without_rows_or_manifest_is_named(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="no such file; is .* the folder of a split"):
+    with pytest.raises(InputError, match=r"no such file; is .* the folder of a split"):
         read_rows(tmp_path)
-    with pytest.raises(InputError, match="no such file; is .* a dataset folder"):
+    with pytest.raises(InputError, match=r"no such file; is .* a dataset folder"):
         read_manifest(tmp_path)
 
 

@@ -38,15 +38,15 @@ class TiffVolume:
 
     def planes(self, indices: Sequence[int]) -> Iterator[tuple[int, NDArray[Any]]]:
         """Yield (z, plane of shape (Y, X) in native byte order), in the order asked for, each read once."""
-        return self._read_block(indices) if self.offset is not None else self._read_pages(indices)
+        return self._read_pages(indices) if self.offset is None else self._read_block(indices, self.offset)
 
-    def _read_block(self, indices: Sequence[int]) -> Iterator[tuple[int, NDArray[Any]]]:
+    def _read_block(self, indices: Sequence[int], offset: int) -> Iterator[tuple[int, NDArray[Any]]]:
         """Read plane-sized runs of bytes; no memory map, so resident memory stays flat."""
         _, rows, columns = self.info.shape
         count = rows * columns
         with self.info.path.open("rb") as file:
             for z in indices:
-                file.seek(self.offset + z * count * self.stored_dtype.itemsize)
+                file.seek(offset + z * count * self.stored_dtype.itemsize)
                 plane = np.fromfile(file, self.stored_dtype, count)
                 if plane.size != count:
                     raise InputError(f"{self.info.path}: plane {z} ends early; did the file change while it was read?")
@@ -139,8 +139,8 @@ def _volume_pages(path: Path, tif: tifffile.TiffFile) -> Sequence[Any]:
     keyframe = series[0].keyframe
     if "S" in axes or keyframe.samplesperpixel > 1:
         raise InputError(
-            f"{path}: holds colour pictures (axes {axes}, sizes {'x'.join(map(str, series[0].shape))}), not grey planes; "
-            "save it again as grey, with photometric 'minisblack'"
+            f"{path}: holds colour pictures (axes {axes}, sizes {'x'.join(map(str, series[0].shape))}), not grey "
+            "planes; save it again as grey, with photometric 'minisblack'"
         )
     if keyframe.photometric == tifffile.PHOTOMETRIC.PALETTE:
         raise InputError(f"{path}: holds palette pictures, whose values are not grey levels; save it again as grey")

@@ -1,0 +1,438 @@
+"""Cut volumes into captioned slices of three directions: a training folder, split without leaks and verified.
+
+    python -m data_prep.slice --volumes dry=dry.tif dry_compacted=dc.tif injected=inj.tif --output_dir data/weave
+
+A slice is named by the direction it is perpendicular to: thickness slices show warp and weft (Y, X), warp slices show
+thickness and weft (Z, X), weft slices show thickness and warp (Z, Y); rows first. This module holds the settings and
+decides what is cut from which volume, before anything is written.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from configs.errors import UsageError
+from data_prep import fit
+from data_prep.fit import Cut
+from data_prep.intensity import WindowEstimate, estimate, sampled_planes
+from data_prep.manifest import SliceRow
+from data_prep.planes import BLOCK, plan_passes
+from data_prep.readers import VolumeInfo, VolumeSource, open_volume
+from data_prep.split import TRAIN, Region, correlation_length, cut_region
+from prompts.captions import caption
+from prompts.vocabulary import Vocabulary
+
+AXES = ("thickness", "warp", "weft")
+_STORED = {"z": 0, "y": 1, "x": 2}
+_GB = 10**9
+# What the interpreter and the libraries hold before the first plane is read, and what copies of a plane need.
+_BASE_BYTES = 200_000_000
+_COPIES_OF_A_PLANE = 24
+# Pillow, and with it most loaders, warns above this many pixels and refuses twice as many.
+_LARGEST_PICTURE = 89_478_485
+# Planes and lines per plane that the correlation length is measured on.
+_CORRELATION_PLANES, _CORRELATION_LINES = 16, 128
+
+
+@dataclass(frozen=True, kw_only=True)
+class SliceConfig:
+    """Settings of the slicer."""
+
+    volumes: tuple[str, ...]
+    """State and file of each volume, as state=path; a state may be given several times."""
+    output_dir: Path
+    """Dataset folder to make; it appears when it is whole and verified."""
+    overwrite: bool = False
+    """Replace a dataset that is already there, once the new one is whole."""
+    vocabulary: Path | None = None
+    """YAML file with prefix, states and axes, for other words than the built-in ones."""
+    thickness_axis: Literal["z", "y", "x"] = "z"
+    """Stored axis that runs through the thickness of the material."""
+    warp_axis: Literal["z", "y", "x"] = "y"
+    """Stored axis along the warp."""
+    weft_axis: Literal["z", "y", "x"] = "x"
+    """Stored axis along the weft."""
+    voxel_size_um: tuple[float, ...] | None = None
+    """Edge of a voxel in micrometres, one number or three for z y x; what the files say if not given."""
+    window_percentile: tuple[float, float] = (0.1, 99.9)
+    """Percentiles of a volume's voxels that become black and white."""
+    split: Literal["region", "none"] = "region"
+    """region holds out one end of the longest in-plane axis, behind a guard slab, for all three directions."""
+    validation_fraction: float = 0.15
+    """Least share of that axis that is held out."""
+    guard_voxels: int | None = None
+    """Width of the guard slab; by default the larger of 3 correlation lengths and 2 %. A weave period is safest."""
+    stride: int = 1
+    """Take every n-th slice of each direction."""
+    max_per_axis: int | None = None
+    """Widen the stride until at most this many slices are taken per volume and direction."""
+    fit: Literal["native", "tile"] = "native"
+    """native writes whole slices; tile cuts squares at the same scale."""
+    tile_size: int = 512
+    """Edge of a tile in px; a multiple of 8."""
+    tile_overlap: float = 0.25
+    """Share of a tile that it has in common with the next."""
+    memory_gb: float | None = None
+    """Memory the process may use, in 10^9 bytes; by default 4 or a quarter of the machine's, if that is less."""
+    workers: int | None = None
+    """Threads that encode; by default the number of cores. The pictures do not depend on it."""
+    dry_run: bool = False
+    """Print what would be done and stop."""
+
+    def __post_init__(self) -> None:
+        if not self.volumes:
+            raise ValueError("--volumes: give at least one volume as state=path")
+        if sorted(self.roles) != [0, 1, 2]:
+            named = f"--thickness_axis {self.thickness_axis} --warp_axis {self.warp_axis} --weft_axis {self.weft_axis}"
+            raise ValueError(f"{named}: each of z, y and x must be given once")
+        sizes = self.voxel_size_um
+        if sizes is not None and (len(sizes) not in (1, 3) or not all(0 < size < math.inf for size in sizes)):
+            raise ValueError(f"--voxel_size_um {_words(sizes)}: give one or three (z y x) positive numbers")
+        low, high = self.window_percentile
+        if not 0 <= low < high <= 100:
+            raise ValueError(f"--window_percentile {low} {high}: give two rising numbers within 0 and 100")
+        if not 0 < self.validation_fraction < 0.5:
+            raise ValueError(f"--validation_fraction {self.validation_fraction}: must lie between 0 and 0.5")
+        for name in ("stride", "max_per_axis", "workers"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"--{name} {value}: must be at least 1")
+        if self.guard_voxels is not None and self.guard_voxels < 0:
+            raise ValueError(f"--guard_voxels {self.guard_voxels}: must not be negative")
+        if not 16 <= self.tile_size <= 4096 or self.tile_size % 8:
+            raise ValueError(f"--tile_size {self.tile_size}: must be a multiple of 8 from 16 to 4096")
+        if not 0 <= self.tile_overlap <= 0.9:
+            raise ValueError(f"--tile_overlap {self.tile_overlap}: must lie between 0 and 0.9")
+        if self.memory_gb is not None and not 0 < self.memory_gb < math.inf:
+            raise ValueError(f"--memory_gb {self.memory_gb}: must be positive")
+
+    @property
+    def roles(self) -> tuple[int, int, int]:
+        """The stored axes along thickness, warp and weft."""
+        return _STORED[self.thickness_axis], _STORED[self.warp_axis], _STORED[self.weft_axis]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Volume:
+    """A volume and what is to be cut from it.
+
+    Attributes:
+        name: unique among the volumes of a call.
+        state: key of the vocabulary.
+        stem: first part of its file names.
+        source: where its planes come from.
+        window: its grey levels.
+        region: its split; None without one.
+        wanted: stored axis -> slice numbers.
+        voxel_um: edges of a voxel along (Z, Y, X); None if unknown.
+    """
+
+    name: str
+    state: str
+    stem: str
+    source: VolumeSource
+    window: WindowEstimate
+    region: Region | None
+    wanted: dict[int, list[int]]
+    voxel_um: tuple[float, float, float] | None
+
+    @property
+    def info(self) -> VolumeInfo:
+        """What the reader knows of it."""
+        return self.source.info
+
+
+@dataclass(frozen=True, kw_only=True)
+class Picture:
+    """One file to write: its split, the rectangle of the slice it shows, and its row."""
+
+    split: str
+    cut: Cut
+    row: SliceRow
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """What is cut from one volume.
+
+    Attributes:
+        volume: the volume.
+        pictures: (stored axis, index) of each slice -> its pictures, in the order they are listed.
+        budget: bytes of slices that may be gathered at a time.
+    """
+
+    volume: Volume
+    pictures: dict[tuple[int, int], list[Picture]]
+    budget: int
+
+    @property
+    def all_pictures(self) -> list[Picture]:
+        """The pictures of all slices."""
+        return [picture for several in self.pictures.values() for picture in several]
+
+    @property
+    def num_passes(self) -> int:
+        """How often the file is read through."""
+        return len(plan_passes(self.volume.info.shape, self.volume.wanted, self.budget))
+
+
+def make_plans(config: SliceConfig, words: Vocabulary) -> list[Plan]:
+    """Look at every volume and decide what is cut from it.
+
+    Raises:
+        UsageError: the settings do not suit each other or the volumes.
+        InputError: a file is missing, damaged, or not a volume.
+    """
+    volumes = survey(config, words)
+    has_size = all(volume.voxel_um is not None for volume in volumes)
+    return [
+        Plan(
+            volume=volume,
+            pictures=plan_pictures(volume, config, words, has_size=has_size),
+            budget=buffer_budget(volume, config),
+        )
+        for volume in volumes
+    ]
+
+
+def survey(config: SliceConfig, words: Vocabulary) -> list[Volume]:
+    """Open every volume, estimate its window and decide on its split and slices, before anything is written.
+
+    Raises:
+        UsageError: a volume is not written as state=path, has an unknown state, lies in the output folder, or is too
+            small for the split or the tiles.
+        InputError: a file is missing, damaged, or not a volume.
+    """
+    pairs = [_state_and_path(text, words) for text in config.volumes]
+    for _, path in pairs:
+        if path.resolve().is_relative_to(config.output_dir.resolve()):
+            raise UsageError(f"--volumes {path}: lies inside --output_dir {config.output_dir}, which is replaced")
+    names = _names(pairs)
+    stems = {state: _ascii(state) for state, _ in pairs}
+    is_alone = len(set(stems.values())) == len(pairs)
+    sources = [open_volume(path) for _, path in pairs]
+    volumes = []
+    for (state, _), name, source in zip(pairs, names, sources, strict=True):
+        region_axis = _region_axis(source.info, config)
+        window, correlation = _statistics(source, config, region_axis)
+        region = None
+        if region_axis is not None:
+            region = cut_region(
+                region_axis,
+                source.info.shape[region_axis],
+                tile=config.tile_size if config.fit == "tile" else 0,
+                fraction=config.validation_fraction,
+                correlation=correlation,
+                guard_voxels=config.guard_voxels,
+                name=name,
+            )
+        volumes.append(
+            Volume(
+                name=name,
+                state=state,
+                stem=stems[state] if is_alone else f"{stems[state]}-{name}",
+                source=source,
+                window=window,
+                region=region,
+                wanted={axis: _wanted(axis, source.info.shape[axis], region, config) for axis in range(3)},
+                voxel_um=_voxel_um(source.info, config),
+            )
+        )
+    return volumes
+
+
+def _state_and_path(text: str, words: Vocabulary) -> tuple[str, Path]:
+    """Read state=path."""
+    state, equals, path = text.partition("=")
+    if not equals or not state or not path:
+        allowed = ", ".join(words.states)
+        raise UsageError(f"--volumes {text}: the state is missing; write state=path with a state of {allowed}")
+    try:
+        caption(state, AXES[0], words)
+    except UsageError as error:
+        raise UsageError(f"--volumes {text}: {error}") from None
+    return state, Path(path)
+
+
+def _names(pairs: Sequence[tuple[str, Path]]) -> list[str]:
+    """Name each volume by its file, with its state where two files are called the same."""
+    names = [_ascii(path.name.split(".")[0]) for _, path in pairs]
+    twice = {name for name, count in Counter(names).items() if count > 1}
+    names = [
+        f"{_ascii(state)}-{name}" if name in twice else name for name, (state, _) in zip(names, pairs, strict=True)
+    ]
+    for name, count in Counter(names).items():
+        if count > 1:
+            same = ", ".join(str(path) for other, (_, path) in zip(names, pairs, strict=True) if other == name)
+            raise UsageError(f"--volumes: {same} would both be called '{name}'; rename one file")
+    return names
+
+
+def _ascii(text: str) -> str:
+    """Return a name that is safe in file names everywhere: lower case, digits, hyphens."""
+    return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")[:60] or "volume"
+
+
+def _voxel_um(info: VolumeInfo, config: SliceConfig) -> tuple[float, float, float] | None:
+    """Return the edges of a voxel along (Z, Y, X): as typed, or as the file says."""
+    if config.voxel_size_um is None:
+        return info.voxel_um
+    z, y, x = config.voxel_size_um * (3 // len(config.voxel_size_um))
+    return z, y, x
+
+
+def _region_axis(info: VolumeInfo, config: SliceConfig) -> int | None:
+    """Return the longest stored axis in the plane of the material, or None without a split."""
+    in_plane = config.roles[1:]
+    return max(in_plane, key=lambda axis: (info.shape[axis], axis)) if config.split == "region" else None
+
+
+def _statistics(source: VolumeSource, config: SliceConfig, region_axis: int | None) -> tuple[WindowEstimate, int]:
+    """Estimate the window, and the correlation length along an axis if it is asked for, from sampled planes."""
+    numbers = sampled_planes(source.info.shape[0])
+    lines: list[NDArray[Any]] = []
+    every = -(-len(numbers) // _CORRELATION_PLANES)
+    measures = region_axis in (1, 2) and config.guard_voxels is None
+
+    def planes() -> Iterator[NDArray[Any]]:
+        for count, (_, plane) in enumerate(source.planes(numbers)):
+            if measures and count % every == 0:
+                turned = plane if region_axis == 2 else plane.T
+                lines.append(turned[:: max(1, turned.shape[0] // _CORRELATION_LINES)].copy())
+            yield plane
+
+    window = estimate(
+        planes(), percentiles=config.window_percentile, is_inverted=source.info.is_inverted, path=source.info.path
+    )
+    if region_axis == 0 and config.guard_voxels is None:
+        # Along the planes' own axis neighbours are on different planes: all are read once more, thinned.
+        step = max(1, source.info.shape[1] * source.info.shape[2] // (_CORRELATION_PLANES * _CORRELATION_LINES))
+        thinned = [plane.ravel()[::step].copy() for _, plane in source.planes(range(source.info.shape[0]))]
+        lines = [np.stack(thinned, axis=1)]
+    # Grey levels rather than counts: a few very bright voxels would outweigh the weave, and NaN would spread.
+    return window, correlation_length([window.window.to_uint8(one) for one in lines]) if lines else 1
+
+
+def _wanted(axis: int, length: int, region: Region | None, config: SliceConfig) -> list[int]:
+    """Return the numbers of the slices perpendicular to a stored axis, without those in the guard."""
+    step = max(config.stride, -(-length // config.max_per_axis) if config.max_per_axis else 1)
+    numbers = range(0, length, step)
+    if region is None or axis != region.axis:
+        return list(numbers)
+    return [number for number in numbers if any(first <= number < end for first, end in region.parts.values())]
+
+
+def plan_pictures(
+    volume: Volume, config: SliceConfig, words: Vocabulary, *, has_size: bool
+) -> dict[tuple[int, int], list[Picture]]:
+    """Return the pictures of every slice, by (stored axis, index), in the order of axes and indices.
+
+    Args:
+        volume: what to cut.
+        config: how.
+        words: the words of the captions.
+        has_size: write the size of a pixel, which must be known for every volume then.
+
+    Raises:
+        UsageError: a slice is shorter than the tiles both ways, or too large for one picture.
+    """
+    planned = {}
+    for name, axis in zip(AXES, config.roles, strict=True):
+        text = caption(volume.state, name, words)
+        rows_axis, columns_axis = (other for other in config.roles if other != axis)
+        for index in volume.wanted[axis]:
+            pictures = planned[axis, index] = list[Picture]()
+            for split, extent in _extents(volume, axis, index).items():
+                for cut in _cuts(extent[rows_axis], extent[columns_axis], f"{volume.name} {name}", config):
+                    box = dict(extent) | {rows_axis: cut.rows, columns_axis: cut.columns}
+                    tile = f"-r{cut.rows[0]:04d}-c{cut.columns[0]:04d}" if config.fit == "tile" else ""
+                    edges = volume.voxel_um
+                    row = SliceRow(
+                        file_name=f"{volume.stem}-{name}-{index:05d}{tile}.png",
+                        text=text,
+                        volume=volume.name,
+                        state=volume.state,
+                        axis=name,
+                        index=index,
+                        box=(*box[0], *box[1], *box[2]),
+                        width=cut.width,
+                        height=cut.height,
+                        um_per_px=(edges[rows_axis], edges[columns_axis]) if has_size and edges else None,
+                    )
+                    pictures.append(Picture(split=split, cut=cut, row=row))
+    return planned
+
+
+def _extents(volume: Volume, axis: int, index: int) -> dict[str, dict[int, tuple[int, int]]]:
+    """Return, by split, what a slice may show: stored axis -> (first, end)."""
+    whole = {other: (0, length) for other, length in enumerate(volume.info.shape)} | {axis: (index, index + 1)}
+    if volume.region is None:
+        return {TRAIN: whole}
+    cut = volume.region.axis
+    if cut != axis:
+        return {split: whole | {cut: part} for split, part in volume.region.parts.items()}
+    return {split: whole for split, (first, end) in volume.region.parts.items() if first <= index < end}
+
+
+def _cuts(rows: tuple[int, int], columns: tuple[int, int], what: str, config: SliceConfig) -> list[Cut]:
+    """Divide the rectangle a slice may show into pictures."""
+    height, width = rows[1] - rows[0], columns[1] - columns[0]
+    if config.fit == "native":
+        if height * width > _LARGEST_PICTURE:
+            raise UsageError(
+                f"--fit native: {what} slices of {height}x{width} are too large for loaders; use --fit tile"
+            )
+        return fit.native(rows, columns)
+    if config.tile_size > max(height, width):
+        raise UsageError(
+            f"--tile_size {config.tile_size}: {what} slices are {height} rows x {width} columns and smaller both ways; "
+            f"allowed up to {max(height, width) // 8 * 8}"
+        )
+    return fit.tiles(rows, columns, size=config.tile_size, overlap=config.tile_overlap)
+
+
+def buffer_budget(volume: Volume, config: SliceConfig) -> int:
+    """Return how many bytes of slices may be gathered at a time, so that the process stays under ``memory_gb``.
+
+    Raises:
+        UsageError: not even one slice fits.
+    """
+    if config.memory_gb is None:
+        total = min(4 * _GB, os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 4)
+    else:
+        total = int(config.memory_gb * _GB)
+    z, y, x = volume.info.shape
+    largest = max(z * y, z * x, y * x)
+    # Slices that wait for an encoder keep what they were gathered in, a block at most, and are padded and filtered.
+    reserved = _BASE_BYTES + _COPIES_OF_A_PLANE * y * x + 3 * queue_length(config) * largest
+    budget = total - reserved - BLOCK * max(z * y, z * x)
+    if budget < max(z * y, z * x):
+        budget = max(total - reserved, 0) // 2
+    if budget < max(z * y, z * x):
+        needed = math.ceil(10 * (reserved + 2 * max(z * y, z * x)) / _GB) / 10
+        raise UsageError(f"--memory_gb {total / _GB:g}: volume '{volume.name}' needs at least {needed:g}")
+    return budget
+
+
+def queue_length(config: SliceConfig) -> int:
+    """Return how many slices may wait for an encoder."""
+    return 2 * num_workers(config)
+
+
+def num_workers(config: SliceConfig) -> int:
+    """Return how many threads encode."""
+    return config.workers or len(os.sched_getaffinity(0))
+
+
+def _words(values: Sequence[object]) -> str:
+    return " ".join(map(str, values))
