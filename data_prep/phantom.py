@@ -107,17 +107,17 @@ LOOKS: dict[str, Look] = {
         packing=0.52,
     ),
     "dry_compacted": Look(
-        compaction=0.68,
+        compaction=0.64,
         warp_width=0.96,
-        warp_thickness=0.64,
+        warp_thickness=0.66,
         weft_width=0.94,
-        weft_thickness=0.62,
+        weft_thickness=0.64,
         flatness=3.5,
-        nesting=0.16,
+        nesting=0.25,
         wander=0.025,
         matrix_grey=26.0,
-        yarn_grey=190.0,
-        streak_grey=18.0,
+        yarn_grey=188.0,
+        streak_grey=20.0,
         edge_px=1.5,
         blur_px=0.7,
         void_fraction=0.0,
@@ -130,11 +130,11 @@ LOOKS: dict[str, Look] = {
         weft_width=0.86,
         weft_thickness=0.56,
         flatness=2.5,
-        nesting=0.08,
+        nesting=0.12,
         wander=0.03,
         matrix_grey=142.0,
         yarn_grey=206.0,
-        streak_grey=14.0,
+        streak_grey=12.0,
         edge_px=2.5,
         blur_px=0.9,
         void_fraction=0.04,
@@ -166,7 +166,7 @@ class PhantomConfig:
     layer_height_um: float = 1440.0
     """Distance between weft layers of the loose fabric, along Z, before compaction."""
     compaction: float | None = None
-    """Layer height over that of the loose fabric, 0.3 to 1.5 (dry 1, dry_compacted 0.68, injected 0.8)."""
+    """Layer height over that of the loose fabric, 0.3 to 1.5 (dry 1, dry_compacted 0.64, injected 0.8)."""
     crimp: float = 0.8
     """Amplitude of the warp's wave over half a layer height, 0 to 1.5; about 1 binds neighbouring layers."""
     weft_crimp: float = 0.08
