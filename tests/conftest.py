@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import os
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+# One thread: the bits of a result depend on their number, and small models are slower with two.
+os.environ["OMP_NUM_THREADS"] = "1"
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
@@ -94,3 +99,33 @@ def toy_sd(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def toy_sd_v(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return the same toy, declared to predict v."""
     return write_toy_sd(tmp_path_factory.mktemp("toy_sd_v") / "toy-sd-v", prediction_type="v_prediction")
+
+
+@pytest.fixture(scope="session")
+def captioned_images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a folder of ten grey 32 px pictures whose brightness tells their caption: 40, 120 or 200 of 255."""
+    import numpy as np
+    from PIL import Image
+
+    folder = tmp_path_factory.mktemp("captioned_images") / "train"
+    folder.mkdir()
+    random = np.random.default_rng(0)
+    captions = {40: "sf_dry sf_warp", 120: "sf_injected sf_weft", 200: "sf_dry sf_compacted sf_thickness"}
+    lines = []
+    for index in range(10):
+        level, caption = list(captions.items())[index % 3]
+        pixels = level + random.normal(0, 8, size=(32, 32))
+        Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(folder / f"{index:02d}.png")
+        lines.append(json.dumps({"file_name": f"{index:02d}.png", "text": caption}) + "\n")
+    (folder / "metadata.jsonl").write_text("".join(lines), encoding="utf-8")
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def _fresh_accelerate_state() -> Iterator[None]:
+    """Forget accelerate's process-wide state after each test: it refuses a second precision in one process."""
+    yield
+    if "accelerate" in sys.modules:
+        from accelerate.state import AcceleratorState
+
+        AcceleratorState._reset_state(reset_partial_state=True)

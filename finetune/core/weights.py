@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import save
 
 from finetune.core.models import LORA_FILE, PROVENANCE_KEY, Models
 from finetune.core.run import PROVENANCE
@@ -42,7 +42,7 @@ def save_lora(folder: Path, models: Models, provenance: dict[str, Any]) -> Path:
         PROVENANCE_KEY: json.dumps(provenance, sort_keys=True),
     }
     partial = folder / f"{LORA_FILE}.{os.getpid()}.partial"
-    save_file(tensors, partial, metadata=metadata)
+    partial.write_bytes(_with_sorted_header(save(tensors, metadata=metadata)))
     (folder / PROVENANCE).write_text(json.dumps(provenance, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     return partial.replace(folder / LORA_FILE)
 
@@ -51,3 +51,15 @@ def _adapter_config(models: Models) -> dict[str, Any]:
     """Return peft's description of the adapter, without what only says where it came from."""
     config = models.unet.peft_config[ADAPTER].to_dict()
     return {name: value for name, value in config.items() if name not in ("base_model_name_or_path", "revision")}
+
+
+def _with_sorted_header(data: bytes) -> bytes:
+    """Return a safetensors file with its header in a fixed order.
+
+    The library writes the metadata in an order that changes from process to process, so that equal weights would give
+    different files.
+    """
+    length = int.from_bytes(data[:8], "little")
+    header = json.dumps(json.loads(data[8 : 8 + length]), sort_keys=True, separators=(",", ":")).encode()
+    header += b" " * (-len(header) % 8)
+    return len(header).to_bytes(8, "little") + header + data[8 + length :]
