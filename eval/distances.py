@@ -107,19 +107,25 @@ def blocked_kid(a: Sample, b: Sample, *, draws: int = 1000, seed: int = 0) -> In
     ]
     cross = cubic_kernel(a.features, b.features)
 
+    def means(side: int, weights: Floats) -> Floats:
+        members = onehots[side] * weights[:, None]
+        number = members.T @ allowed[side] @ members
+        mean: Floats = members.T @ kernels[side] @ members / np.where(number > 0, number, np.nan)
+        return mean
+
+    whole = [means(side, np.ones(len(a))) for side in (0, 1)]
+
     def distance(*weights: Floats) -> float:
+        # A draw may pick one block of a stratum only, which then has no pair: the mean over all pairs stands in for it.
+        drawn = [means(side, weight) for side, weight in enumerate(weights)]
+        within = sum(np.where(np.isnan(mean), full, mean) for mean, full in zip(drawn, whole, strict=True))
         members = [onehot * weight[:, None] for onehot, weight in zip(onehots, weights, strict=True)]
-        within = 0.0
-        for rows, kernel, pairs in zip(members, kernels, allowed, strict=True):
-            total, number = rows.T @ kernel @ rows, rows.T @ pairs @ rows
-            # A draw may pick one block of a stratum only: its own mean is then unknown, and the stratum sits that draw out.
-            weight = np.outer(share, share) * (number > 0)
-            within += float((weight * total / np.where(number > 0, number, 1.0)).sum() / weight.sum())
         between = members[0].T @ cross @ members[1] / np.outer(members[0].sum(axis=0), members[1].sum(axis=0))
-        return within - 2 * float(share @ between @ share)
+        return float(share @ (within - 2 * between) @ share)
 
     generator = np.random.default_rng(seed)
-    resampled = [distance(*(_draw_weights(sample, generator) for sample in sides)) for _ in range(draws)]
+    weights = [_draw_weights(sample, draws, generator) for sample in sides]
+    resampled = [distance(*pair) for pair in zip(*weights, strict=True)]
     return _interval(distance(*(np.ones(len(sample)) for sample in sides)), resampled)
 
 
@@ -136,8 +142,7 @@ def block_bootstrap(
         seed: of the resampling.
     """
     sample = _split_lone_blocks(Sample(features=np.zeros((len(strata), 1)), strata=strata, blocks=blocks))
-    generator = np.random.default_rng(seed)
-    resampled = [statistic(_draw_weights(sample, generator)) for _ in range(draws)]
+    resampled = [statistic(weights) for weights in _draw_weights(sample, draws, np.random.default_rng(seed))]
     return _interval(statistic(np.ones(len(strata))), resampled)
 
 
@@ -163,7 +168,11 @@ def accuracy_interval(
     A bootstrap of a perfect score has no width; the Wilson interval says what so few pictures can promise.
     """
     boot = block_bootstrap(
-        lambda weights: balanced_accuracy(confusion(expected, seen, classes, weights)), strata, blocks, draws=draws, seed=seed
+        lambda weights: balanced_accuracy(confusion(expected, seen, classes, weights)),
+        strata,
+        blocks,
+        draws=draws,
+        seed=seed,
     )
     hits = round(boot.value * len(expected))
     wilson = binomtest(hits, len(expected)).proportion_ci(method="wilson")
@@ -187,14 +196,15 @@ def _split_lone_blocks(sample: Sample) -> Sample:
     return Sample(features=sample.features, strata=sample.strata, blocks=blocks)
 
 
-def _draw_weights(sample: Sample, generator: np.random.Generator) -> Floats:
-    """Return how often each picture occurs when the blocks of every stratum are drawn again with replacement."""
-    weights = np.zeros(len(sample))
+def _draw_weights(sample: Sample, draws: int, generator: np.random.Generator) -> Floats:
+    """Return how often each picture occurs, (draws, N), when the blocks of every stratum are drawn again with replacement."""
+    weights = np.zeros((draws, len(sample)))
     for stratum in np.unique(sample.strata):
-        members = sample.strata == stratum
+        members = np.flatnonzero(sample.strata == stratum)
         names, index = np.unique(sample.blocks[members], return_inverse=True)
-        multiplicity = np.bincount(generator.integers(len(names), size=len(names)), minlength=len(names))
-        weights[members] = multiplicity[index]
+        chosen = generator.integers(len(names), size=(draws, len(names)))
+        multiplicity = np.equal.outer(chosen, np.arange(len(names))).sum(axis=1)  # (draws, blocks)
+        weights[:, members] = multiplicity[:, index]
     return weights
 
 

@@ -9,12 +9,16 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
 from configs.errors import InputError
+
+if TYPE_CHECKING:
+    from diffusers import AutoencoderKL
 
 Grey = NDArray[np.uint8]
 
@@ -126,13 +130,18 @@ def draw_cuts(cuts: Sequence[Cut], per_class: int, seed: int) -> list[Cut]:
             if cut.label == label:
                 blocks.setdefault(cut.block, []).append(cut)
         shuffled = [[members[i] for i in generator.permutation(len(members))] for members in blocks.values()]
-        in_turn = [members[turn] for turn in range(max(map(len, shuffled))) for members in shuffled if turn < len(members)]
+        in_turn = [
+            members[turn] for turn in range(max(map(len, shuffled))) for members in shuffled if turn < len(members)
+        ]
         drawn += in_turn[:per_class]
     return drawn
 
 
-def read_tiles(cuts: Sequence[Cut], tile: int) -> Tiles:
-    """Cut the tiles out of their pictures, each picture opened once; flat tiles are left out and counted.
+def read_tiles(cuts: Sequence[Cut], tile: int, *, keep_flat: bool = False) -> Tiles:
+    """Cut the tiles out of their pictures, each picture opened once; flat tiles are counted, and left out unless asked for.
+
+    Raises:
+        InputError: a picture cannot be read, or a tile sticks out of it.
 
     Returns:
         Tiles in the order of ``cuts``.
@@ -146,8 +155,40 @@ def read_tiles(cuts: Sequence[Cut], tile: int) -> Tiles:
         for number in numbers:
             row, column = cuts[number].row, cuts[number].column
             if row + tile > image.shape[0] or column + tile > image.shape[1]:
-                raise InputError(f"{path}: {image.shape[0]} x {image.shape[1]} px, smaller than its row in the list says")
+                raise InputError(
+                    f"{path}: {image.shape[0]} x {image.shape[1]} px, smaller than its row in the list says"
+                )
             pixels[number] = image[row : row + tile, column : column + tile]
     spread = pixels.max(axis=(1, 2)).astype(int) - pixels.min(axis=(1, 2)) if len(cuts) else np.zeros(0, dtype=int)
-    shown = np.flatnonzero(spread >= FLAT_RANGE)
-    return Tiles(pixels=pixels[shown], cuts=tuple(cuts[i] for i in shown), num_flat=len(cuts) - len(shown))
+    has_structure = spread >= FLAT_RANGE
+    shown = np.flatnonzero(has_structure | keep_flat)
+    return Tiles(pixels=pixels[shown], cuts=tuple(cuts[i] for i in shown), num_flat=int((~has_structure).sum()))
+
+
+def match_histograms_to(pixels: Grey, reference: Grey) -> Grey:
+    """Give every tile (N, h, w) the grey-level distribution of ``reference``, any shape: what is left is structure."""
+    from skimage.exposure import match_histograms
+
+    wanted = reference.reshape(1, -1)
+    return np.stack([np.rint(match_histograms(tile, wanted)).astype(np.uint8) for tile in pixels])
+
+
+def vae_round_trip(vae: AutoencoderKL, pixels: Grey, *, batch_size: int = 32) -> Grey:
+    """Send grey tiles (N, h, w) through a VAE and back, without noise: the best any latent model can do.
+
+    Sides that the VAE cannot divide are mirrored up to the next multiple and cut again.
+    """
+    import torch
+
+    count, height, width = pixels.shape
+    factor = 2 ** (len(vae.config.block_out_channels) - 1)
+    padded = np.pad(pixels, ((0, 0), (0, -height % factor), (0, -width % factor)), mode="reflect")
+    parts = []
+    with torch.no_grad():
+        for start in range(0, count, batch_size):
+            batch = torch.from_numpy(padded[start : start + batch_size]).to(vae.device, vae.dtype)
+            batch = (batch / 127.5 - 1)[:, None].expand(-1, 3, -1, -1)
+            decoded = vae.decode(vae.encode(batch).latent_dist.mode()).sample
+            colour = ((decoded.float().clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1)
+            parts.append(np.stack([to_grey(picture) for picture in colour.cpu().numpy()]))
+    return np.concatenate(parts)[:, :height, :width]

@@ -1,7 +1,7 @@
 """A small network that reads state and axis off a tile of a slice.
 
 State, specimen and scan are one and the same in most campaigns, so grey level would be a perfect shortcut. Training takes it away:
-half of the tiles get the histogram of another tile, whatever its state, the others a random monotone curve; blur and noise follow.
+two tiles in five get the histogram of another tile, whatever its state, two a random monotone curve; blur and noise follow.
 
 Letters: N tiles, h x w pixels, S states, A axes, F features.
 """
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from tqdm import tqdm
 
-WIDTHS = (24, 48, 96, 128)
+WIDTHS = (16, 32, 64, 96)
 LEARNING_RATE = 3e-3
 LABEL_SMOOTHING = 0.05  # keeps the features of easy tiles from running away, which would swell their distances
 
@@ -46,7 +46,9 @@ class SliceClassifier(nn.Module):
         self.body = nn.Sequential(
             *(
                 nn.Sequential(
-                    nn.Conv2d(before, after, 5 if before == 1 else 3, stride=2, padding=2 if before == 1 else 1, bias=False),
+                    nn.Conv2d(
+                        before, after, 5 if before == 1 else 3, stride=2, padding=2 if before == 1 else 1, bias=False
+                    ),
                     nn.BatchNorm2d(after),
                     nn.ReLU(),
                 )
@@ -138,9 +140,9 @@ def augment(tiles: Tensor, generator: torch.Generator) -> Tensor:
     for dimension in (1, 2):
         tiles = torch.where((drawn(count) < 0.5)[:, None, None], tiles.flip(dimension), tiles)
     partner = tiles[torch.randperm(count, generator=generator)]
-    borrowed = give_histogram(tiles, partner, generator)
-    curved = _monotone_curves(tiles, generator)
-    tiles = torch.where((drawn(count) < 0.5)[:, None, None], borrowed, curved)
+    first, second = count * 2 // 5, count * 4 // 5  # the batch comes shuffled
+    borrowed = give_histogram(tiles[:first], partner[:first], generator)
+    tiles = torch.cat([borrowed, _monotone_curves(tiles[first:second], generator), tiles[second:]])
     tiles = torch.where((drawn(count) < 0.5)[:, None, None], _blur(tiles, 0.4 + 0.9 * float(drawn(1))), tiles)
     sigma = 0.06 * drawn(count)[:, None, None]
     return (tiles + sigma * torch.randn(tiles.shape, generator=generator)).clamp(0, 1)

@@ -1,0 +1,333 @@
+"""Do generated slices look like real ones, and like the slices asked for?
+
+    python -m eval.fidelity --real data/weave --generated out/slices --output_dir out/fidelity
+
+Trains a small classifier on the real training slices, tests it on held-out ones, and reads the generated slices with it: does each
+show the state and axis of its prompt, and how far are they from held-out slices, measured by how far real slices are from each other?
+No outside weights are needed; the base model named in the records gives the VAE round trip.
+
+Writes results.jsonl, confusion.json, confusion.png, samples.png, samples/ (the strips of each caption) and config.yaml.
+"""
+
+from __future__ import annotations
+
+import json
+import shlex
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from configs.errors import InputError
+from configs.load import as_dict, command, save
+
+if TYPE_CHECKING:
+    from eval.distances import Ints
+    from eval.features import Grey, Tiles
+    from eval.fidelity_rows import Head, Naming, Seen, Sets
+    from eval.results import Result
+    from eval.slice_classifier import Reading, SliceClassifier
+    from eval.slice_sets import Generated, RealSlices
+
+LARGEST_TILE = (
+    196  # fits the thin side of real volumes and is a multiple of 14, so that larger encoders can read the same tile
+)
+SMALLEST_TILE = 16  # four strided convolutions
+
+
+@dataclass(frozen=True, kw_only=True)
+class FidelityConfig:
+    """Compare generated slices with held-out real ones and with their prompts."""
+
+    real: Path
+    """Dataset folder written by `python -m data_prep.slice`, with its train/ and validation/."""
+    generated: Path
+    """Folder written by `python -m eval.generate`, with its records.jsonl."""
+    output_dir: Path
+    """Folder to write."""
+    pretrained_model_name_or_path: str | None = None
+    """Model whose VAE gives the round trip. Default: the one named in the records."""
+    vocabulary: Path | None = None
+    """YAML file with the words of the captions. Default: the built-in ones."""
+    tile_size: int | None = None
+    """Side of the tiles compared, in px, at native scale. Default: what fits real and generated slices, at most 196."""
+    train_tiles: int = 240
+    """Real tiles per caption that the classifier learns from."""
+    held_out_tiles: int = 100
+    """Held-out real tiles per caption, at least; as many as generated ones if those are more."""
+    classifier_steps: int = 600
+    """Updates of the classifier."""
+    bootstrap_draws: int = 1000
+    """Resamples behind each interval."""
+    seed: int = 0
+    """Of the tiles drawn, the classifier and the resampling."""
+    device: Literal["cpu", "cuda"] = "cpu"
+    """Where the classifier and the VAE run. Only the CPU gives the same numbers bit by bit."""
+    overwrite: bool = False
+    """Replace the folder if it is there."""
+
+    def __post_init__(self) -> None:
+        """Refuse numbers that leave nothing to learn from or to compare."""
+        for name, least in (
+            ("train_tiles", 8),
+            ("held_out_tiles", 2),
+            ("classifier_steps", 1),
+            ("bootstrap_draws", 100),
+        ):
+            if getattr(self, name) < least:
+                raise ValueError(f"--{name} {getattr(self, name)}: at least {least}")
+        if self.tile_size is not None and self.tile_size < SMALLEST_TILE:
+            raise ValueError(f"--tile_size {self.tile_size}: at least {SMALLEST_TILE} px")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Drawn:
+    """The tiles of one check; ``owners`` gives the generated picture each generated tile belongs to."""
+
+    learning: Tiles
+    aside: Tiles
+    held_out: Tiles
+    generated: Tiles
+    owners: list[int]
+
+
+def main(config: FidelityConfig) -> None:
+    """Draw tiles, train the classifier, measure, judge, and publish the folder when it is whole."""
+    from data_prep.manifest import check_free, publish
+    from eval.fidelity_rows import Naming, fidelity_rows
+    from eval.results import write_results
+    from eval.slice_sets import read_generated, read_real
+    from prompts.vocabulary import DEFAULT, read_vocabulary
+
+    check_free(config.output_dir, overwrite=config.overwrite)
+    vocabulary = read_vocabulary(config.vocabulary) if config.vocabulary else DEFAULT
+    real = read_real(config.real, vocabulary)
+    generated = read_generated(config.generated, real, vocabulary)
+    tile = choose_tile(config, real, generated)
+    naming = Naming(states=real.states, axes=real.axes, vocabulary=vocabulary)
+    drawn = draw(config, real, generated, tile)
+    for note in _notes(config, real, generated, drawn, tile):
+        print(note)
+
+    from eval.fidelity_pictures import save_pictures
+    from eval.slice_classifier import train_classifier
+
+    truth = _truth(drawn.learning, naming)
+    model = train_classifier(
+        drawn.learning.pixels,
+        truth["state"],
+        truth["axis"],
+        num_steps=config.classifier_steps,
+        seed=config.seed,
+        device=config.device,
+    )
+    round_trips, no_vae, vae_hash = _round_trips(config, generated, [drawn.held_out.pixels, drawn.aside.pixels])
+    sets = _read_sets(model, drawn, naming, real, round_trips, no_vae)
+    rows = fidelity_rows(sets, naming, draws=config.bootstrap_draws, seed=config.seed)
+    hashes = _hashes(config, vae_hash or generated.base_hash)
+    rows = [replace(row, hashes=hashes, command=reproduce(config)) for row in rows]
+
+    with publish(config.output_dir, overwrite=config.overwrite) as folder:
+        write_results(folder / "results.jsonl", rows)
+        tables = save_pictures(folder, drawn, sets, round_trips[0] if round_trips else None, naming)
+        (folder / "confusion.json").write_text(json.dumps(tables, indent=1) + "\n", encoding="utf-8")
+        save(config, folder / "config.yaml")
+    for line in _summary(rows):
+        print(line)
+    print(f"look at {config.output_dir / 'samples.png'} and {config.output_dir / 'confusion.png'}")
+    results = shlex.join([str(config.generated), str(config.output_dir)])
+    print(f"next: python -m eval.report --results {results} --output {config.output_dir.parent / 'report.html'}")
+
+
+def choose_tile(config: FidelityConfig, real: RealSlices, generated: Generated) -> int:
+    """Return the side of the tiles: as asked for, or the largest that fits every slice, at most 196 px.
+
+    Raises:
+        InputError: the tile does not fit, or the slices are too small to read.
+    """
+    shortest = min(real.shortest_side, *(min(picture.height, picture.width) for picture in generated.pictures))
+    if shortest < SMALLEST_TILE:
+        raise InputError(
+            f"slices of {shortest} px are too small to read; at least {SMALLEST_TILE} px on each side are needed"
+        )
+    if config.tile_size is not None and config.tile_size > shortest:
+        raise InputError(
+            f"--tile_size {config.tile_size}: the shortest side of a slice is {shortest} px (real {real.shortest_side} px); "
+            f"at most {shortest}"
+        )
+    return config.tile_size or min(LARGEST_TILE, shortest)
+
+
+def draw(config: FidelityConfig, real: RealSlices, generated: Generated, tile: int) -> Drawn:
+    """Draw and read the tiles of every set, by seed.
+
+    Raises:
+        InputError: a caption of the dataset has nothing to learn from.
+    """
+    from eval.features import draw_cuts, read_tiles
+    from eval.slice_sets import generated_cuts, real_cuts
+
+    cuts = real_cuts(real, tile)
+    made = read_tiles(generated_cuts(generated.pictures, tile), tile, keep_flat=True)
+    most = max(sum(cut.label == label for cut in made.cuts) for label in {cut.label for cut in made.cuts})
+    each = max(config.held_out_tiles, most)
+    learning = read_tiles(draw_cuts(cuts.learning, config.train_tiles, config.seed), tile)
+    for kind, position, names in (("state", 0, real.states), ("axis", 1, real.axes)):
+        for name in names:
+            if not any(cut.label[position] == name for cut in learning.cuts):
+                raise InputError(
+                    f"--real {config.real}: no training tile of the {kind} '{name}' shows anything but one grey level"
+                )
+    numbers = {picture.path: number for number, picture in enumerate(generated.pictures)}
+    return Drawn(
+        learning=learning,
+        aside=read_tiles(draw_cuts(cuts.aside, each, config.seed), tile),
+        held_out=read_tiles(draw_cuts(cuts.held_out, each, config.seed), tile),
+        generated=made,
+        owners=[numbers[cut.path] for cut in made.cuts],
+    )
+
+
+def reproduce(config: FidelityConfig) -> str:
+    """Return the command that gives this folder again, without what is default."""
+    required = ("real", "generated", "output_dir")
+    blank = as_dict(FidelityConfig(**{name: Path() for name in required}))  # type: ignore[arg-type]
+    words = ["python", "-m", "eval.fidelity"]
+    for name, value in as_dict(config).items():
+        if name in required or (name != "overwrite" and value != blank[name]):
+            words += [f"--{name}", str(value)]
+    return shlex.join(words)
+
+
+def _notes(config: FidelityConfig, real: RealSlices, generated: Generated, drawn: Drawn, tile: int) -> Iterable[str]:
+    """Say what was left out or cannot be trusted, before the work starts."""
+    shapes = sorted({(picture.height, picture.width) for picture in generated.pictures})
+    yield (
+        f"{len(generated.pictures)} generated slices of {', '.join(f'{h} x {w}' for h, w in shapes)} px, "
+        f"{len(drawn.held_out)} held-out real tiles, {len(drawn.learning)} to learn from; tiles of {tile} px at native scale"
+    )
+    if generated.num_other:
+        yield f"note: {generated.num_other} pictures whose prompt is not a caption of the dataset are left out"
+    flat = drawn.learning.num_flat + drawn.aside.num_flat + drawn.held_out.num_flat
+    if flat:
+        yield f"note: {flat} real tiles of a single grey level are left out"
+    if not real.validation:
+        yield f"note: {_leak_unchecked(config.real)}"
+
+
+def _leak_unchecked(folder: Path) -> str:
+    """Say what a dataset without a held-out region means."""
+    return f"leak unchecked: {folder} has no validation split, so generated slices can only be compared with what was trained on"
+
+
+def _truth(tiles: Tiles, naming: Naming) -> dict[Head, Ints]:
+    """Return the class numbers of the states and of the axes."""
+    import numpy as np
+
+    return {
+        "state": np.array([naming.states.index(cut.label[0]) for cut in tiles.cuts], dtype=np.int64),
+        "axis": np.array([naming.axes.index(cut.label[1]) for cut in tiles.cuts], dtype=np.int64),
+    }
+
+
+def _round_trips(config: FidelityConfig, generated: Generated, sets: Sequence[Grey]) -> tuple[list[Grey], str, str]:
+    """Return the sets after the VAE with the model's hash, or nothing and why.
+
+    Raises:
+        UsageError: the model was named on the command line and cannot be loaded.
+    """
+    from configs.errors import UsageError
+    from eval.features import vae_round_trip
+    from finetune.core.models import load_models, model_hash
+
+    name = config.pretrained_model_name_or_path or generated.base_model
+    if not name:
+        return [], "no VAE round trip: the records name no base model; pass --pretrained_model_name_or_path", ""
+    try:
+        vae, found = load_models(name, device=config.device).vae, model_hash(name)
+    except UsageError as error:
+        if config.pretrained_model_name_or_path:
+            raise
+        return [], f"no VAE round trip: {error}", ""
+    if not config.pretrained_model_name_or_path and generated.base_hash not in {"", found}:
+        print(f"note: {name} has changed since these slices were generated; the VAE round trip is that of the new one")
+    return [vae_round_trip(vae, pixels) for pixels in sets], "", found
+
+
+def _read_sets(
+    model: SliceClassifier, drawn: Drawn, naming: Naming, real: RealSlices, round_trips: list[Grey], no_vae: str
+) -> Sets:
+    """Read every set with the classifier."""
+    import numpy as np
+
+    from eval.features import match_histograms_to
+    from eval.fidelity_rows import Seen, Sets
+    from eval.slice_classifier import read_slices
+
+    learned = read_slices(model, drawn.learning.pixels).features
+    mean, spread = learned.mean(axis=0), learned.std(axis=0) + 1e-6
+
+    def seen(tiles: Tiles, pixels: Grey) -> Seen:
+        reading = read_slices(model, pixels)
+        return Seen(
+            features=(reading.features - mean) / spread,
+            truth=_truth(tiles, naming),
+            seen={"state": reading.states.argmax(axis=1), "axis": reading.axes.argmax(axis=1)},
+            blocks=np.unique([cut.block for cut in tiles.cuts], return_inverse=True)[1].astype(np.int64),
+        )
+
+    common = drawn.learning.pixels[:: max(1, len(drawn.learning) // 128)]
+    tiles = seen(drawn.generated, drawn.generated.pixels)
+    return Sets(
+        held_out=seen(drawn.held_out, drawn.held_out.pixels),
+        held_out_matched=seen(drawn.held_out, match_histograms_to(drawn.held_out.pixels, common)),
+        held_out_vae=seen(drawn.held_out, round_trips[0]) if round_trips else None,
+        aside=seen(drawn.aside, drawn.aside.pixels),
+        aside_vae=seen(drawn.aside, round_trips[1]) if round_trips else None,
+        generated=_by_picture(tiles, read_slices(model, drawn.generated.pixels), drawn.owners),
+        generated_tiles=tiles,
+        no_vae=no_vae,
+        leak_unchecked="" if real.validation else _leak_unchecked(real.folder),
+    )
+
+
+def _by_picture(tiles: Seen, reading: Reading, owners: Sequence[int]) -> Seen:
+    """Return one entry a picture: the class that its tiles together hold most likely, the features of its first tile."""
+    import numpy as np
+
+    owner = np.asarray(owners)
+    first = np.unique(owner, return_index=True)[1]
+    seen: dict[Head, Ints] = {}
+    for head, probabilities in (("state", reading.states), ("axis", reading.axes)):
+        pooled = np.zeros((len(first), probabilities.shape[1]))
+        np.add.at(pooled, owner, probabilities)
+        seen[head] = pooled.argmax(axis=1)
+    return replace(tiles.take(first), seen=seen)
+
+
+def _hashes(config: FidelityConfig, base_hash: str) -> dict[str, str]:
+    """Return the hashes of what the numbers depend on."""
+    from data_prep.manifest import METADATA_NAME, sha256_of
+    from eval.slice_sets import RECORDS_NAME
+
+    files = {
+        "train": config.real / "train" / METADATA_NAME,
+        "validation": config.real / "validation" / METADATA_NAME,
+        "records": config.generated / RECORDS_NAME,
+    }
+    hashes = {name: sha256_of(path) for name, path in files.items() if path.is_file()}
+    return {**hashes, "base_model": base_hash} if base_hash else hashes
+
+
+def _summary(rows: Sequence[Result]) -> Iterable[str]:
+    """Return the numbers over all captions as lines."""
+    for row in rows:
+        if row.prompt or row.value is None:
+            continue
+        interval = f" [{row.low:.3f}, {row.high:.3f}]" if row.low is not None and row.high is not None else ""
+        judged = "" if row.reason.startswith("reference") else f"{row.verdict}: "
+        yield f"{row.metric:<16} {row.set:<17} {row.value:7.3f}{interval}  n {row.n}  {judged}{row.reason}"
+
+
+if __name__ == "__main__":
+    command(FidelityConfig, main)

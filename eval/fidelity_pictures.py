@@ -1,0 +1,111 @@
+"""The pictures of a fidelity check: confusion tables, and real, round-tripped and generated slices side by side."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+from PIL import Image
+
+from eval.fidelity_rows import HEADS, Head, Naming, Seen, Sets, table_of
+
+if TYPE_CHECKING:
+    from eval.features import Grey, Tiles
+    from eval.fidelity import Drawn
+
+SAMPLES_PER_CAPTION = 4
+KINDS = ("real", "vae", "generated")
+Tables = dict[str, dict[str, list[str] | list[list[int]]]]
+
+
+def save_pictures(folder: Path, drawn: Drawn, sets: Sets, round_trip: Grey | None, naming: Naming) -> Tables:
+    """Write confusion.png, samples.png and the strips in samples/; return the tables by head and set."""
+    tables: Tables = {}
+    for head in HEADS:
+        tables[head] = {"names": list(naming.of(head))}
+        for name, seen in (("held_out", sets.held_out), ("generated", sets.generated)):
+            tables[head][name] = table_of(seen, head, naming).astype(int).tolist()
+    _save_confusion(folder / "confusion.png", sets, naming)
+    _save_samples(folder, drawn, round_trip, naming)
+    return tables
+
+
+def sample_name(state: str, axis: str, kind: str) -> str:
+    """Return the file name of a strip of samples."""
+    return f"{state.replace('_', '-')}_{axis}_{kind}.png"
+
+
+def _save_confusion(path: Path, sets: Sets, naming: Naming) -> None:
+    """Draw the tables of both heads, held-out real slices above generated ones."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 7.4), layout="constrained")
+    FigureCanvasAgg(figure)
+    grid = figure.subplots(2, 2)
+    titles = {"state": "State", "axis": "Axis"}
+    for row, (name, seen) in enumerate((("held-out real", sets.held_out), ("generated", sets.generated))):
+        for column, head in enumerate(HEADS):
+            _draw_table(grid[row, column], seen, head, naming)
+            grid[row, column].set_title(f"{titles[head]}, {name}", fontsize=11, loc="left")
+            asked = "is" if row == 0 else "asked for"
+            grid[row, column].set_ylabel(asked)
+            grid[row, column].set_xlabel("read by the classifier")
+    figure.savefig(path, dpi=120, metadata={"Software": None})
+
+
+def _draw_table(axes: object, seen: Seen, head: Head, naming: Naming) -> None:
+    """Draw one table as shares of its rows, with the counts written in."""
+    table = table_of(seen, head, naming)
+    shares = table / np.maximum(table.sum(axis=1, keepdims=True), 1)
+    names = [name.replace("_", "\n") for name in naming.of(head)]
+    axes.imshow(shares, cmap="Blues", vmin=0, vmax=1.15)  # type: ignore[attr-defined]
+    axes.set_xticks(range(len(names)), names, fontsize=9)  # type: ignore[attr-defined]
+    axes.set_yticks(range(len(names)), names, fontsize=9)  # type: ignore[attr-defined]
+    for (row, column), count in np.ndenumerate(table):
+        colour = "white" if shares[row, column] > 0.6 else "black"
+        axes.text(column, row, f"{count:.0f}", ha="center", va="center", color=colour)  # type: ignore[attr-defined]
+
+
+def _save_samples(folder: Path, drawn: Drawn, round_trip: Grey | None, naming: Naming) -> None:
+    """Write a strip per caption and kind, and all of them as one sheet."""
+    from eval.sampling import contact_sheet
+
+    (folder / "samples").mkdir()
+    tile = drawn.held_out.pixels.shape[1]
+    sources: dict[str, tuple[Tiles, Grey] | None] = {
+        "real": (drawn.held_out, drawn.held_out.pixels),
+        "vae": None if round_trip is None else (drawn.held_out, round_trip),
+        "generated": (drawn.generated, drawn.generated.pixels),
+    }
+    cells, labels = [], []
+    for state in naming.states:
+        for axis in naming.axes:
+            strips = []
+            for kind in KINDS:
+                chosen = _first_tiles(sources[kind], (state, axis))
+                if len(chosen):
+                    strip = np.concatenate(list(chosen), axis=1)
+                    Image.fromarray(strip).save(folder / "samples" / sample_name(state, axis, kind))
+                strips.append(_filled(chosen, tile))
+            cells += strips
+            labels.append(naming.caption(naming.states.index(state) * 1000 + naming.axes.index(axis)))
+    headers = ["real, held out", "the same through the VAE", "generated"]
+    contact_sheet(cells, len(labels), len(KINDS), labels, headers).save(folder / "samples.png")
+
+
+def _first_tiles(source: tuple[Tiles, Grey] | None, label: tuple[str, str]) -> Grey:
+    """Return the first tiles of a caption, at most the number shown, (N, h, w)."""
+    if source is None:
+        return np.zeros((0, 0, 0), dtype=np.uint8)
+    tiles, pixels = source
+    return pixels[[number for number, cut in enumerate(tiles.cuts) if cut.label == label][:SAMPLES_PER_CAPTION]]
+
+
+def _filled(tiles: Grey, side: int) -> Grey:
+    """Return the tiles side by side on white, always as wide as all of them."""
+    strip = np.full((side, side * SAMPLES_PER_CAPTION), 255, dtype=np.uint8)
+    for number, tile in enumerate(tiles):
+        strip[:, number * side : (number + 1) * side] = tile
+    return strip

@@ -1,0 +1,207 @@
+"""The sets of tiles that a fidelity check compares: real for learning, real set aside, real held out, generated.
+
+A tile's block is the slab of neighbouring slices it was cut from, or the seed it was generated from.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from configs.errors import InputError, NothingLeftError
+from data_prep.manifest import METADATA_NAME, SliceRow, is_inside, read_records, read_rows
+from eval.features import Cut, tile_corners
+from prompts.captions import all_captions, parse_caption
+from prompts.vocabulary import Vocabulary
+
+SLAB_SLICES = 24
+"""Neighbouring slices that count as one block; some three correlation lengths of a weave of 8 to 10 slices."""
+ASIDE_EVERY = 4
+"""Of the training blocks of a caption, every so manieth is kept from the classifier, for the real-against-real floor."""
+RECORDS_NAME = "records.jsonl"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Picture:
+    """A generated picture whose prompt is one of the dataset's captions."""
+
+    path: Path
+    prompt: str
+    seed: int
+    state: str
+    axis: str
+    height: int
+    width: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Generated:
+    """What a folder of generated pictures holds.
+
+    Attributes:
+        pictures: those asked for with a caption of the dataset.
+        num_other: pictures of other prompts, left out.
+        base_model: name of the model as it was typed, empty if the records do not say.
+        base_hash: its hash, empty if unknown.
+    """
+
+    pictures: tuple[Picture, ...]
+    num_other: int
+    base_model: str
+    base_hash: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class RealCuts:
+    """Where real tiles may be cut, by use."""
+
+    learning: tuple[Cut, ...]
+    aside: tuple[Cut, ...]
+    held_out: tuple[Cut, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class RealSlices:
+    """The rows of a dataset folder, with the states and axes that occur.
+
+    Attributes:
+        folder: the dataset.
+        train: rows of the training split.
+        validation: rows of the held-out split; empty if the dataset has none.
+        states: states of the training rows, in the vocabulary's order.
+        axes: axes of the training rows, in the vocabulary's order.
+    """
+
+    folder: Path
+    train: tuple[SliceRow, ...]
+    validation: tuple[SliceRow, ...]
+    states: tuple[str, ...]
+    axes: tuple[str, ...]
+
+    @property
+    def shortest_side(self) -> int:
+        """Shortest side of any slice, in px."""
+        return min(min(row.height, row.width) for row in (*self.train, *self.validation))
+
+
+def read_real(folder: Path, vocabulary: Vocabulary) -> RealSlices:
+    """Read the rows of both splits; a dataset without validation is read, with that side empty.
+
+    Raises:
+        InputError: no training rows, or a state or axis that the vocabulary does not know.
+    """
+    if not (folder / "train" / METADATA_NAME).is_file():
+        hint = f"; did you mean {folder.parent}?" if (folder / METADATA_NAME).is_file() else ""
+        raise InputError(
+            f"--real {folder}: no train/{METADATA_NAME}; give a folder written by python -m data_prep.slice{hint}"
+        )
+    train = read_rows(folder / "train")
+    has_validation = (folder / "validation" / METADATA_NAME).is_file()
+    validation = read_rows(folder / "validation") if has_validation else []
+    if not train:
+        raise InputError(f"--real {folder}: train/{METADATA_NAME} has no rows")
+    for row in (*train, *validation):
+        if row.state not in vocabulary.states or row.axis not in vocabulary.axes:
+            raise InputError(
+                f"--real {folder}: {row.file_name} is '{row.state}', '{row.axis}'; the vocabulary knows "
+                f"{', '.join(vocabulary.states)} and {', '.join(vocabulary.axes)}; pass --vocabulary"
+            )
+    return RealSlices(
+        folder=folder,
+        train=tuple(train),
+        validation=tuple(validation),
+        states=tuple(state for state in vocabulary.states if any(row.state == state for row in train)),
+        axes=tuple(axis for axis in vocabulary.axes if any(row.axis == axis for row in train)),
+    )
+
+
+def read_generated(folder: Path, real: RealSlices, vocabulary: Vocabulary) -> Generated:
+    """Read the records of a generated folder and keep the pictures whose prompt is a caption of the dataset.
+
+    Raises:
+        InputError: no records, or a record without what is needed.
+        NothingLeftError: no prompt is a caption of the dataset.
+    """
+    path = folder / RECORDS_NAME
+    if not path.is_file():
+        raise InputError(f"--generated {folder}: no {RECORDS_NAME}; give a folder written by python -m eval.generate")
+    pictures, other, base = [], [], {}
+    for number, record in read_records(path):
+        try:
+            name, prompt = str(record["file_name"]), str(record["prompt"])
+            seed, height, width = (int(str(record[key])) for key in ("seed", "height", "width"))
+        except (KeyError, ValueError) as error:
+            raise InputError(f"{path}:{number}: no usable {error}; generate the folder again") from None
+        if not is_inside(name):
+            raise InputError(f"{path}:{number}: file_name {name!r} leaves its folder")
+        named = record.get("base_model")
+        base = named if isinstance(named, dict) else base
+        asked = parse_caption(prompt, vocabulary)
+        if asked is None or asked[0] not in real.states or asked[1] not in real.axes:
+            other.append(prompt)
+            continue
+        pictures.append(
+            Picture(
+                path=folder / name, prompt=prompt, seed=seed, state=asked[0], axis=asked[1], height=height, width=width
+            )
+        )
+    if not pictures:
+        first = f" (the first: '{other[0]}')" if other else ""
+        raise NothingLeftError(
+            f"--generated {folder}: none of {len(other)} pictures was asked for with a caption of {real.folder}{first}; "
+            f"generate with prompts such as '{all_captions(vocabulary)[0]}'"
+        )
+    return Generated(
+        pictures=tuple(pictures),
+        num_other=len(other),
+        base_model=str(base.get("name", "")),
+        base_hash=str(base.get("hash", "")),
+    )
+
+
+def real_cuts(real: RealSlices, tile: int) -> RealCuts:
+    """Return every tile of the dataset, by use.
+
+    Without a validation split, the blocks set aside stand in for the held-out ones as well, half each: the numbers can then be
+    computed, but not trusted, since neighbouring slices may sit on both sides.
+    """
+    train = _cuts_of(real.folder / "train", real.train, tile)
+    by_label: dict[tuple[str, str], list[str]] = {}
+    for cut in train:
+        blocks = by_label.setdefault(cut.label, [])
+        if cut.block not in blocks:
+            blocks.append(cut.block)
+    aside = {block for blocks in by_label.values() for block in sorted(blocks)[1::ASIDE_EVERY]}
+    learning, kept = [cut for cut in train if cut.block not in aside], [cut for cut in train if cut.block in aside]
+    if real.validation:
+        held_out = _cuts_of(real.folder / "validation", real.validation, tile)
+    else:
+        kept, held_out = kept[::2], kept[1::2]
+    return RealCuts(learning=tuple(learning), aside=tuple(kept), held_out=tuple(held_out))
+
+
+def generated_cuts(pictures: Sequence[Picture], tile: int) -> list[Cut]:
+    """Return every tile of the generated pictures, picture after picture."""
+    return [
+        Cut(
+            path=picture.path, row=row, column=column, label=(picture.state, picture.axis), block=f"seed {picture.seed}"
+        )
+        for picture in pictures
+        for row, column in tile_corners(picture.height, picture.width, tile)
+    ]
+
+
+def _cuts_of(folder: Path, rows: Sequence[SliceRow], tile: int) -> list[Cut]:
+    """Return every tile of the rows; slabs are counted in slices of the volume."""
+    return [
+        Cut(
+            path=folder / row.file_name,
+            row=top,
+            column=left,
+            label=(row.state, row.axis),
+            block=f"{row.volume} {row.axis} {row.index // SLAB_SLICES:04d}",
+        )
+        for row in rows
+        for top, left in tile_corners(row.height, row.width, tile)
+    ]
