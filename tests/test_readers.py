@@ -25,6 +25,7 @@ def write_pages(path: Path, planes: list[Any]) -> None:
 
 WRITERS: dict[str, Callable[[Path], None]] = {
     "one block": lambda path: tifffile.imwrite(path, VOLUME, photometric="minisblack"),
+    "one directory": lambda path: tifffile.imwrite(path, VOLUME, photometric="minisblack", truncate=True),
     "pages": lambda path: write_pages(path, list(VOLUME)),
     "deflate": lambda path: tifffile.imwrite(path, VOLUME, photometric="minisblack", compression="deflate"),
     "ome": lambda path: tifffile.imwrite(path, VOLUME, ome=True, photometric="minisblack", metadata={"axes": "ZYX"}),
@@ -55,6 +56,15 @@ def test_a_truncated_file_is_called_truncated(tmp_path: Path, kind: str) -> None
     data = (tmp_path / "a.tif").read_bytes()
     (tmp_path / "a.tif").write_bytes(data[: len(data) // 2])
     with pytest.raises(InputError, match="truncated"):
+        open_volume(tmp_path / "a.tif")
+
+
+@pytest.mark.parametrize("kind", ["one directory", "pages", "deflate"])
+def test_the_last_bytes_are_missed_before_anything_is_read(tmp_path: Path, kind: str) -> None:
+    # Nothing in the structure of such a file is damaged: only the sizes tell.
+    WRITERS[kind](tmp_path / "a.tif")
+    (tmp_path / "a.tif").write_bytes((tmp_path / "a.tif").read_bytes()[:-10])
+    with pytest.raises(InputError, match=r"is truncated: (plane 5 ends at byte|.* bytes are declared)"):
         open_volume(tmp_path / "a.tif")
 
 
@@ -167,6 +177,10 @@ OME = {"axes": "ZYX", "PhysicalSizeZ": 3.0, "PhysicalSizeY": 4.0, "PhysicalSizeX
         (imagej(0.02, "mm", (50, 50)), (20, 20, 20)),
         (imagej(3.0, "pixel", (1, 1)), None),
         ({"metadata": {"axes": "ZYX", "spacing": 5.0, "unit": "um"}, "resolution": (0.2, 0.2)}, (5, 5, 5)),
+        (
+            {"metadata": {"axes": "ZYX", "spacing": 20.0, "unit": "um"}, "resolution": (500, 500), "resolutionunit": 3},
+            (20, 20, 20),
+        ),
         ({"ome": True, "metadata": OME}, (3, 4, 2)),
         ({"resolution": (72, 72), "resolutionunit": "inch"}, None),
         ({}, None),

@@ -191,10 +191,16 @@ def _voxel_um(tif: tifffile.TiffFile) -> tuple[float, float, float] | None:
         return None
     try:
         per_unit = [page.tags[name].value for name in ("YResolution", "XResolution")]
-        in_plane = [denominator / numerator * factor for numerator, denominator in per_unit]
+        in_plane = [denominator / numerator for numerator, denominator in per_unit]
+        tag = {2: 25400.0, 3: 1e4}.get(int(page.tags["ResolutionUnit"].value), factor)  # inch, centimetre
     except (KeyError, TypeError, ValueError, ZeroDivisionError):
         return None
-    return _plausible(float(spacing) * factor, *in_plane)
+    # Some writers mean the unit in words and leave the tag at inch; the spacing tells which of the two is meant.
+    for factor_in_plane in (factor, tag):
+        edges = _plausible(float(spacing) * factor, *(edge * factor_in_plane for edge in in_plane))
+        if edges is not None and max(edges) < 10 * min(edges):
+            return edges
+    return None
 
 
 def _voxel_um_of_ome(xml: str) -> tuple[float, float, float] | None:
