@@ -12,13 +12,13 @@ Pictures = NDArray[np.uint8]
 Floats = NDArray[np.float64]
 
 FAINT: dict[str, float] = {"colourfulness": 8.0, "saturation": 0.04, "luminance": 8.0}
-"""Below this the base's own pictures have too little of it for a ratio to mean anything (grey textures, black pictures)."""
+"""Below this the base's own pictures have too little of it for a ratio to mean anything, as grey textures have."""
 
 
 def colourfulness(pictures: Pictures) -> Floats:
-    """Return the colourfulness M of each picture, (N, H, W, 3) -> (N,), in grey levels; 0 for grey ones, about 100 for vivid ones.
+    """Return the colourfulness of each picture, (N, H, W, 3) -> (N,), in grey levels: 0 is grey, about 100 vivid.
 
-    Source: Hasler and Suesstrunk 2003, Measuring colourfulness in natural images, equation for M(3).
+    Source: Hasler and Suesstrunk 2003, Measuring colourfulness in natural images, M(3).
     """
     red, green, blue = (pictures[..., channel].astype(np.float64) for channel in range(3))
     red_green, yellow_blue = red - green, (red + green) / 2 - blue

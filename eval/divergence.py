@@ -1,7 +1,7 @@
 """How far the predictions of a tuned denoiser are from those of its base, on inputs the base itself made.
 
-Shapes: P prompts, K latents per prompt, T timesteps, latents (P, K, 4, h, w). Without pictures to look at it costs a few
-images' worth of forward passes, and it is exactly zero where nothing changed. It says how far, not whether that is bad.
+Shapes: P prompts, K latents per prompt, T timesteps, latents (P, K, 4, h, w). It costs a few pictures' worth of forward
+passes and is exactly zero where nothing changed. It says how far, not whether that is bad.
 """
 
 from __future__ import annotations
@@ -22,7 +22,13 @@ Floats = NDArray[np.float64]
 
 @torch.no_grad()
 def predictions(
-    models: Models, prompts: Sequence[str], latents: Tensor, *, num_timesteps: int = 8, seed: int = 0, batch_size: int = 32
+    models: Models,
+    prompts: Sequence[str],
+    latents: Tensor,
+    *,
+    num_timesteps: int = 8,
+    seed: int = 0,
+    batch_size: int = 32,
 ) -> Tensor:
     """Predict epsilon or v, without guidance, for fixed latents, noise and timesteps.
 
@@ -75,5 +81,5 @@ def divergence_parts(tuned: Tensor, base: Tensor) -> tuple[Floats, Floats]:
 
 
 def divergence(difference: Floats, scale: Floats) -> float:
-    """Return the relative mean squared difference: 0 where nothing changed, 1 where the change is as large as the prediction."""
+    """Return the relative mean squared difference: 0 for no change, 1 for a change as large as the prediction."""
     return float(difference.sum() / scale.sum())

@@ -3,9 +3,9 @@ r"""What did the model forget? The same probe prompts and seeds through the base
     python -m eval.drift --pretrained_model_name_or_path assets/tiny-sd --adapter runs/lora \
         --probes tiny --output_dir out/drift
 
-Needs no outside weights: how far the predictions moved, how much of the pictures looks like a training slice, how much of their
-colour and brightness is left. Per prompt, per set, and the worst prompt, beside what the base shows against itself with other seeds.
-Writes results.jsonl, side_by_side.png, base/, tuned/, records.jsonl and config.yaml.
+Needs no outside weights: how far the predictions moved, how much of the pictures looks like a training slice, how much
+of their colour and brightness is left. Per prompt, per set, and the worst prompt, beside what the base shows against
+itself with other seeds. Writes results.jsonl, side_by_side.png, base/, tuned/, records.jsonl and config.yaml.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ class DriftConfig:
     captions: tuple[str, ...] = ()
     """Prompts of the trained domain, to compare the change with; those the adapter was trained on if absent."""
     real: Path | None = None
-    """Dataset folder with the training slices, to recognise them in pictures; the adapter's own if absent and still there."""
+    """Dataset folder with the training slices, to recognise them in pictures; the adapter's own if still there."""
     num_slices: int = 192
     """Training slices to learn their texture from."""
     sampling: SamplingConfig = SamplingConfig(num_inference_steps=20, batch_size=32)
@@ -140,8 +140,8 @@ def main(config: DriftConfig) -> None:
     evidence = gather(config, probes, base, tuned.models)
     detector, why_blind, controls = _learn_slices(config, base, evidence)
     rows, per_picture = score_drift(probes, evidence, detector, why_blind)
-    finish = {"hashes": hashes, "command": command_line("eval.drift", config)}
-    rows = [dataclasses.replace(row, **finish) for row in (*rows, *controls)]
+    repeat = command_line("eval.drift", config)
+    rows = [dataclasses.replace(row, hashes=hashes, command=repeat) for row in (*rows, *controls)]
 
     with publish(config.output_dir, overwrite=config.overwrite) as folder:
         write_results(folder / "results.jsonl", rows)
@@ -153,7 +153,7 @@ def main(config: DriftConfig) -> None:
 
 
 def gather(config: DriftConfig, probes: Sequence[Probe], base: Models, tuned: Models) -> Evidence:
-    """Run both models. They may be the same object with adapters on, which are then switched off for the base's part."""
+    """Run both models; they may be one object with adapters, which are then off for the base's part."""
     from eval.divergence import predictions
     from eval.sampling import decode, require_light, sample, sample_latents
     from finetune.core.models import set_adapter_scale
@@ -305,7 +305,9 @@ def _table(rows: Sequence[Result]) -> str:
     overall = next(row for row in rows if row.metric == "worst_prompt")
     text.append(f"worst prompt: '{overall.prompt}' ({overall.set}), {overall.unit} {overall.value:.2f}")
     text.append(f"verdict: {overall.verdict}" + (f" ({overall.reason})" if overall.reason else ""))
-    text += [f"leak not measured: {row.reason}" for row in rows if row.metric == "leak" and row.value is None and not row.set]
+    text += [
+        f"leak not measured: {row.reason}" for row in rows if row.metric == "leak" and row.value is None and not row.set
+    ]
     return "\n".join(text)
 
 
@@ -327,7 +329,8 @@ def _next(config: DriftConfig) -> str:
     run = config.adapter[0] if config.adapter else Path(config.pretrained_model_name_or_path)
     run = run.parent if run.is_file() else run
     report = config.output_dir.parent / "report.html"
-    return f"python -m eval.report {shlex.join(['--run', str(run), '--results', str(config.output_dir), '--output', str(report)])}"
+    words = ["--run", str(run), "--results", str(config.output_dir), "--output", str(report)]
+    return f"python -m eval.report {shlex.join(words)}"
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from eval.drift import Evidence
 
 Floats = NDArray[np.float64]
-EXACT = 0.0
+UNCHANGED = 0.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,13 +68,15 @@ def score_drift(
     num_seeds = evidence.base.shape[1]
     rows = _divergence_rows(probes, evidence)
     if detector is not None:
-        leaks = [_patch_shares(detector, pictures) for pictures in (evidence.tuned, evidence.base)]
+        leaks = (_patch_shares(detector, evidence.tuned), _patch_shares(detector, evidence.base))
         per_picture["leaked_patches"] = leaks[0]
-        scores += [_leak_score(*leaks), _patch_leak_score(*leaks), _retention_score(*leaks, *colours["colourfulness"])]
+        scores += [_leak_score(*leaks), _patch_leak_score(*leaks), _retention_score(leaks, colours["colourfulness"])]
     for score in scores:
         rows += _rows(score, probes, num_seeds)
     if detector is None:
-        rows += [Result(metric=metric, unit="share", reason=why_blind) for metric in ("leak", "patch_leak", "retention")]
+        rows += [
+            Result(metric=metric, unit="share", reason=why_blind) for metric in ("leak", "patch_leak", "retention")
+        ]
     numbers = [
         {name: round(float(values[p, s]), 4) for name, values in per_picture.items()}
         for p in range(len(probes))
@@ -84,72 +86,61 @@ def score_drift(
 
 
 def _rows(score: Score, probes: Sequence[Probe], num_seeds: int) -> list[Result]:
-    """Cut one score into rows: the prompts of a set, then the set."""
+    """Cut one score into rows: the prompts of a set, then the set and its A/A band."""
     rows = []
-    for name in dict.fromkeys(probe.set for probe in probes):
-        members = np.array([index for index, probe in enumerate(probes) if probe.set == name])
+    for name, members in _sets(probes).items():
+        limits = limits_of(name)
         verdicts: list[Verdict] = []
         for index in members:
             one = np.array([index])
-            common = {"metric": score.metric, "set": name, "prompt": probes[index].shown, "unit": score.unit}
+            row = Result(metric=score.metric, set=name, prompt=probes[index].shown, n=num_seeds, unit=score.unit)
             if not score.counts[index]:
-                rows.append(Result(**common, n=num_seeds, reason=score.why_not))
+                rows.append(replace(row, reason=score.why_not))
                 continue
             value = score.of(one)
-            verdict, reason = judge_prompt(score.metric, value, score.band(one), limits_of(name), num_seeds)
+            verdict, reason = judge_prompt(score.metric, value, score.band(one), limits, num_seeds)
             verdicts.append(verdict)
-            rows.append(
-                Result(
-                    **common,
-                    value=value.value,
-                    low=value.low,
-                    high=value.high,
-                    n=num_seeds,
-                    n_eff=num_seeds,
-                    floor=float(score.floor[index]),
-                    verdict=verdict,
-                    reason=reason,
-                )
-            )
-        rows += _set_rows(score, name, members[score.counts[members]], verdicts, num_seeds)
+            rows.append(_with(row, value, num_seeds, float(score.floor[index]), verdict, reason))
+        members = members[score.counts[members]]
+        count = len(members) * num_seeds
+        row = Result(metric=score.metric, set=name, n=count, unit=score.unit)
+        if not count:
+            rows.append(replace(row, reason=score.why_not))
+            continue
+        value, band = score.of(members), score.band(members)
+        verdict, reason = judge_set(score.metric, value, band, limits, count, verdicts)
+        rows.append(_with(row, value, len(members), float(score.floor[members].mean()), verdict, reason))
+        band_row = replace(row, metric=f"{score.metric}_aa")
+        rows.append(_with(band_row, band, len(members), None, "grey", "A/A band: the base against itself, other seeds"))
     return rows
 
 
-def _set_rows(
-    score: Score, name: str, members: NDArray[np.int64], verdicts: list[Verdict], num_seeds: int
-) -> list[Result]:
-    """Return the row of a set and its A/A band."""
-    if not len(members):
-        return [Result(metric=score.metric, set=name, unit=score.unit, reason=score.why_not)]
-    value, band, count = score.of(members), score.band(members), len(members) * num_seeds
-    verdict, reason = judge_set(score.metric, value, band, limits_of(name), count, verdicts)
-    common = {"set": name, "unit": score.unit, "n": count, "n_eff": len(members)}
-    return [
-        Result(
-            metric=score.metric,
-            value=value.value,
-            low=value.low,
-            high=value.high,
-            floor=float(score.floor[members].mean()),
-            verdict=verdict,
-            reason=reason,
-            **common,
-        ),
-        Result(
-            metric=f"{score.metric}_aa",
-            value=band.value,
-            low=band.low,
-            high=band.high,
-            reason="A/A band: the base against itself with other seeds",
-            **common,
-        ),
-    ]
+def _sets(probes: Sequence[Probe]) -> dict[str, NDArray[np.int64]]:
+    """Return the indices of the probes of each set."""
+    names = dict.fromkeys(probe.set for probe in probes)
+    return {name: np.array([index for index, probe in enumerate(probes) if probe.set == name]) for name in names}
+
+
+def _with(row: Result, score: Interval, n_eff: float, floor: float | None, verdict: Verdict, reason: str) -> Result:
+    """Fill in what was measured and what it means."""
+    return replace(
+        row,
+        value=score.value,
+        low=score.low,
+        high=score.high,
+        n_eff=n_eff,
+        floor=floor,
+        verdict=verdict,
+        reason=reason,
+    )
 
 
 def _overall(rows: Sequence[Result]) -> Result:
     """Return the row of the whole check: the worst verdict of all, and the prompt that fared worst."""
-    of_prompts = {metric: [row for row in rows if row.metric == metric and row.prompt and row.value is not None]
-                  for metric in ("retention", "divergence")}  # fmt: skip
+    of_prompts = {
+        metric: [row for row in rows if row.metric == metric and row.prompt and row.value is not None]
+        for metric in ("retention", "divergence")
+    }
     if of_prompts["retention"]:
         least = min(of_prompts["retention"], key=lambda row: row.value or 0.0)
     else:
@@ -169,7 +160,7 @@ def _divergence_rows(probes: Sequence[Probe], evidence: Evidence) -> list[Result
     """Return how far the predictions moved, absolutely and against how far they moved for the trained captions."""
     difference, scale = divergence_parts(evidence.tuned_predictions, evidence.base_predictions)  # (P, K)
     per_latent = evidence.base_predictions.shape[2]
-    own: Floats | None = None
+    own, mean = None, 0.0
     rows: list[Result] = []
     why = "no captions of the trained domain; give --captions"
     if evidence.tuned_caption_predictions is not None and evidence.base_caption_predictions is not None:
@@ -177,25 +168,14 @@ def _divergence_rows(probes: Sequence[Probe], evidence: Evidence) -> list[Result
         rows.append(_divergence_row("captions", "", *parts, per_latent))
         mean, own = float(ratio_of_means(*parts).mean()), resample(ratio_of_means, *parts, seed=1)
         why = "" if mean > 0 else "nothing changed for the captions"
-    for name in dict.fromkeys(probe.set for probe in probes):
-        members = np.array([index for index, probe in enumerate(probes) if probe.set == name])
+    for name, members in _sets(probes).items():
         for index, prompt in (*((np.array([m]), probes[m].shown) for m in members), (members, "")):
             row = _divergence_row(name, prompt, difference[index], scale[index], per_latent)
             ratio = Result(metric="divergence_ratio", set=name, prompt=prompt, n=row.n, unit="ratio", reason=why)
             if own is not None and not why:
                 resamples = resample(ratio_of_means, difference[index], scale[index]) / np.maximum(own, mean / 100)
                 interval = interval_of((row.value or 0.0) / mean, resamples)
-                verdict, reason = _judge_ratio(name, interval.value)
-                ratio = replace(
-                    ratio,
-                    value=interval.value,
-                    low=interval.low,
-                    high=interval.high,
-                    n_eff=row.n_eff,
-                    floor=EXACT,
-                    verdict=verdict,
-                    reason=reason,
-                )
+                ratio = _with(ratio, interval, row.n_eff or 0, UNCHANGED, *_judge_ratio(name, interval.value))
             rows += [row, ratio]
     return rows
 
@@ -212,7 +192,7 @@ def _divergence_row(name: str, prompt: str, difference: Floats, scale: Floats, p
         high=value.high,
         n=difference.size * per_latent,
         n_eff=difference.size if prompt else len(difference),
-        floor=EXACT,
+        floor=UNCHANGED,
         unit="relative mean square",
         verdict="grey" if value.value else "ok",
         reason="a distance; judged as its ratio to the captions'" if value.value else "",
@@ -230,8 +210,14 @@ def _judge_ratio(name: str, value: float) -> tuple[Verdict, str]:
 
 def _colours(evidence: Evidence) -> dict[str, tuple[Floats, Floats, Floats]]:
     """Return each colour measure of the tuned, the base, and the base with other seeds, (P, S) each."""
-    made = (evidence.tuned, evidence.base, evidence.base_again)
-    return {name: tuple(_per_picture(measure, pictures) for pictures in made) for name, measure in MEASURES.items()}
+    return {
+        name: (
+            _per_picture(measure, evidence.tuned),
+            _per_picture(measure, evidence.base),
+            _per_picture(measure, evidence.base_again),
+        )
+        for name, measure in MEASURES.items()
+    }
 
 
 def _per_picture(measure: Callable[[NDArray[np.uint8]], Floats], pictures: NDArray[np.uint8]) -> Floats:
@@ -282,11 +268,16 @@ def _patch_leak_score(tuned: Floats, base: Floats) -> Score:
     )
 
 
-def _retention_score(leak: Floats, base_leak: Floats, tuned: Floats, base: Floats, again: Floats) -> Score:
-    """Return (1 - patch leak) x min(1, colour ratio), on prompts whose base pictures do not look like slices themselves.
+def _retention_score(leaks: tuple[Floats, Floats], colours: tuple[Floats, Floats, Floats]) -> Score:
+    """Return (1 - patch leak) x min(1, colour ratio), on prompts whose base pictures do not look like slices.
+
+    Args:
+        leaks: share of slice-like patches of the tuned and the base, (P, S).
+        colours: colourfulness of the tuned, the base, and the base with other seeds, (P, S).
 
     Prompts without colour to lose (grey textures) are judged by the leak alone.
     """
+    (leak, base_leak), (tuned, base, again) = leaks, colours
     has_colour = (base.mean(axis=1) >= FAINT["colourfulness"]) & (again.mean(axis=1) >= FAINT["colourfulness"])
     tuned, base, again = (np.where(has_colour[:, None], values, 1.0) for values in (tuned, base, again))
     counts = ~is_leaked(base_leak.mean(axis=1)).astype(np.bool_)

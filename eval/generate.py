@@ -174,11 +174,19 @@ def _next(config: GenerateConfig, dataset: Path | None) -> str:
     adapters = [word for adapter in config.adapter for word in ("--adapter", str(adapter))]
     beside = config.output_dir.parent
     if dataset is not None:
-        words = ["--real", str(dataset), "--generated", str(config.output_dir), "--output_dir", str(beside / "fidelity")]
+        words = [
+            "--real",
+            str(dataset),
+            "--generated",
+            str(config.output_dir),
+            "--output_dir",
+            str(beside / "fidelity"),
+        ]
         return f"python -m eval.fidelity {shlex.join(words)}"
     if adapters:
         return f"python -m eval.drift {shlex.join([*model, *adapters, '--output_dir', str(beside / 'drift')])}"
-    return f"accelerate launch finetune/lora.py {shlex.join(model)} --train_data_dir data/weave/train --output_dir runs/lora"
+    words = [*model, "--train_data_dir", "data/weave/train", "--output_dir", "runs/lora"]
+    return f"accelerate launch finetune/lora.py {shlex.join(words)}"
 
 
 if __name__ == "__main__":

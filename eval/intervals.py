@@ -27,7 +27,7 @@ def hierarchical(statistic: Statistic, *arrays: Floats, draws: int = 1000, seed:
         draws: bootstrap resamples.
         seed: of the resampling.
 
-    With one prompt the seeds alone are drawn. With one seed as well there is nothing to draw: the interval is the value.
+    With one prompt the seeds alone are drawn. With one seed as well the interval is the value.
     """
     return interval_of(float(statistic(*arrays).mean()), resample(statistic, *arrays, draws=draws, seed=seed))
 
@@ -59,18 +59,18 @@ def share_interval(hits: Floats, *, seed: int = 0) -> Interval:
 
 
 def ratio_of_means(above: Floats, below: Floats) -> Floats:
-    """Return mean(above) / mean(below) over the last axis: steadier than a mean of ratios where single ones are small."""
+    """Return mean(above) / mean(below) over the last axis: steadier than a mean of ratios."""
     return np.asarray(above.mean(axis=-1) / below.mean(axis=-1))
 
 
 def noise_band(ratios_again: Floats, num_prompts: int) -> Interval:
-    """Return where a mean ratio over ``num_prompts`` falls when nothing changed, in all but about one case in a thousand.
+    """Return where a mean ratio over ``num_prompts`` falls when nothing changed, in 999 cases of 1000.
 
     Args:
         ratios_again: (P,) ratio of each prompt between two sets of seeds of one model; the true ratio is 1.
         num_prompts: prompts the judged mean is made of; 1 for a single prompt.
 
-    Student's t with P degrees of freedom on the logarithms: how noisy one prompt is, is itself known from P prompts only.
+    Student's t with P degrees of freedom on the logarithms: the noise of one prompt is itself known from P only.
     """
     logs = np.log(ratios_again)
     half = float(student_t.ppf(0.9995, len(logs)) * np.sqrt(np.square(logs).mean() / num_prompts))

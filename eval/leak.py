@@ -1,8 +1,8 @@
 """How much of a picture looks like a training slice although its prompt asked for something else.
 
 A small network learns to tell patches of real training slices from patches of pictures the base model makes of the probes.
-Both are grey, since colour would be too easy a cue and is measured elsewhere. The slices come once as they are and once through the
-model's own VAE: the traces a decoder leaves are then on both sides and tell nothing. Needs no outside weights.
+Both are grey, since colour would be too easy a cue and is measured elsewhere. The slices come as they are and
+once through the model's own VAE: the traces a decoder leaves are then on both sides and tell nothing.
 Shapes: N pictures, M patches of p x p px.
 """
 
@@ -94,8 +94,9 @@ def train_leak_net(slices: Sequence[Grey], others: Sequence[NDArray[np.uint8]], 
     rate = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=4e-3, total_steps=TRAINING_STEPS)
     truth = torch.tensor([1.0, 0.0]).repeat_interleave(TRAINING_BATCH // 2)
     for _ in range(TRAINING_STEPS):
-        patches = [_jittered(_crop(group, patch, random), random) for group in groups for _ in range(TRAINING_BATCH // 2)]
-        loss = nn.functional.binary_cross_entropy_with_logits(net(_as_tensor(np.stack(patches))), truth)
+        crops = [_crop(group, patch, random) for group in groups for _ in range(TRAINING_BATCH // 2)]
+        patches = _jittered(np.stack(crops), random)
+        loss = nn.functional.binary_cross_entropy_with_logits(net(_as_tensor(patches)), truth)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -166,25 +167,24 @@ def _places(side: int, patch: int) -> NDArray[np.int64]:
     return np.linspace(0, side - patch, number).round().astype(np.int64)
 
 
-def _crop(pictures: Sequence[Grey], patch: int, random: np.random.Generator) -> NDArray[np.float32]:
-    """Cut one random patch out of one random picture."""
-    picture = pictures[random.integers(len(pictures))]
-    row, column = (random.integers(side - patch + 1) for side in picture.shape)
-    return picture[row : row + patch, column : column + patch].astype(np.float32)
+def _crop(pictures: Sequence[Grey], patch: int, random: np.random.Generator) -> Grey:
+    """Cut one random patch out of one random picture, flipped or not."""
+    picture = pictures[int(random.integers(len(pictures)))]
+    row, column = random.integers(0, np.array(picture.shape) - patch + 1)
+    up, left = random.choice([1, -1], 2)
+    return picture[row : row + patch, column : column + patch][::up, ::left]
 
 
-def _jittered(patch: NDArray[np.float32], random: np.random.Generator) -> NDArray[np.float32]:
-    """Vary what a model may change without changing the texture."""
-    if random.random() < 0.5:
-        patch = patch[:, ::-1]
-    if random.random() < 0.5:
-        patch = patch[::-1]
-    if random.random() < 0.3:
-        patch = ndimage.gaussian_filter(patch, random.uniform(0.3, 0.9))
-    mean = patch.mean()
-    patch = (patch - mean) * random.uniform(0.6, 1.4) + mean + random.uniform(-40, 40)
-    patch = patch + random.normal(0.0, random.uniform(0.0, 6.0), patch.shape)
-    return np.asarray(patch.clip(0, 255), dtype=np.float32)
+def _jittered(patches: Grey, random: np.random.Generator) -> NDArray[np.float32]:
+    """Vary what a model may change without changing the texture: sharpness, contrast, brightness, noise; (M, p, p)."""
+    changed = patches.astype(np.float32)
+    blurred = random.random(len(changed)) < 0.3
+    changed[blurred] = ndimage.gaussian_filter(changed[blurred], (0, *[random.uniform(0.3, 0.9)] * 2))
+    each = (len(changed), 1, 1)
+    mean = changed.mean(axis=(1, 2), keepdims=True)
+    changed = (changed - mean) * random.uniform(0.6, 1.4, each) + mean + random.uniform(-40, 40, each)
+    changed += random.standard_normal(changed.shape) * random.uniform(0.0, 6.0, each)
+    return np.asarray(changed.clip(0, 255), dtype=np.float32)
 
 
 def _as_tensor(patches: NDArray[np.generic]) -> Tensor:

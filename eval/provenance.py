@@ -29,7 +29,7 @@ def pipeline_provenance(name_or_path: str) -> dict[str, object]:
 
 
 def dataset_of(runs: Sequence[Path]) -> Path | None:
-    """Return the dataset folder (that holds ``train/``) the first run or weights file was trained on, if it is still there."""
+    """Return the dataset folder (that holds ``train/``) the first of the runs was trained on, if still there."""
     for run in runs:
         named = run_settings(run).get("train_data_dir")
         if isinstance(named, str) and Path(named).is_dir():

@@ -6,6 +6,7 @@ what else is in the batch or on the device. Letters: N pictures, B batch, H rows
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -107,7 +108,9 @@ def sample_latents(
     pipeline.scheduler = make_scheduler(models.scheduler, settings.scheduler)
     pipeline.set_progress_bar_config(disable=True)
     batches = []
-    with evaluating(models):
+    with evaluating(models), warnings.catch_warnings():
+        # diffusers' samplers turn tensors into arrays in a way NumPy 2 still allows but comments on.
+        warnings.filterwarnings("ignore", message="__array__ implementation doesn't accept a copy keyword")
         prompts = sorted({prompt for prompt, _ in requests} | {settings.negative_prompt})
         embeds = dict(zip(prompts, encode_prompts(models, prompts), strict=True))  # prompt -> (L, D)
         starts = range(0, len(requests), settings.batch_size)
@@ -164,7 +167,11 @@ def require_light(pictures: np.ndarray, requests: Sequence[Request]) -> None:
 
 def make_scheduler(trained: SchedulerMixin, name: str) -> SchedulerMixin:
     """Set up a sampler by name on the noise schedule and prediction type the model was trained with."""
-    return (type(trained) if name == "model" else _SCHEDULERS[name]).from_config(trained.config)
+    if name == "model":
+        return type(trained).from_config(trained.config)
+    # As in the folders of Stable Diffusion itself: the warm-up of PNDM costs steps and needs at least four.
+    extra = {"skip_prk_steps": True} if name == "pndm" else {}
+    return _SCHEDULERS[name].from_config(trained.config, **extra)
 
 
 def picture_size(models: Models, settings: SamplingConfig) -> tuple[int, int]:

@@ -1,7 +1,7 @@
 """From drift scores to ok, warn and stop: the limits, and when a number may speak at all.
 
-The limits are starting points. A score is flagged only where it is beyond its limit and also outside the A/A band, which is what the
-base model shows against itself with other seeds. With too few pictures it is grey and flags nothing.
+The limits are starting points. A score is flagged only where it is beyond its limit and also outside the A/A band:
+what the base model shows against itself with other seeds. With too few pictures it is grey and flags nothing.
 """
 
 from __future__ import annotations

@@ -1,0 +1,92 @@
+"""Probe lists, prompt files and grids."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from configs.errors import UsageError
+from data_prep.shapes import COLOURS, HELD_OUT, SHAPES, TEXTURES, Scene
+from eval.verdicts import LIMITS
+from prompts.grids import make_grid, read_prompts
+from prompts.probes import Probe, probes_hash, read_probes
+
+
+def world() -> set[str]:
+    """Return every caption of the small world that the embedded base was trained on."""
+    colours = [(a, b) for a in COLOURS for b in COLOURS if a != b]
+    scenes = [Scene(kind=kind, colours=pair, count=n) for kind in SHAPES for pair in colours for n in (1, 2, 3)]
+    scenes += [Scene(kind=kind, colours=pair) for kind in TEXTURES for pair in (*colours, ())]
+    return {scene.caption for scene in scenes if (scene.kind, frozenset(scene.colours)) not in HELD_OUT}
+
+
+@pytest.mark.parametrize("probe", [p for p in read_probes("tiny") if p.set not in {"G4", "G5"}], ids=lambda p: p.id)
+def test_the_tiny_probes_are_captions_the_base_was_trained_on(probe: Probe) -> None:
+    assert probe.prompt in world()
+
+
+def test_the_anchors_of_stable_diffusion_are_those_of_the_earlier_study() -> None:
+    anchors = [probe.prompt for probe in read_probes("stable_diffusion") if probe.set == "G0"]
+    assert anchors == ["horse on a beach", "two zebras", "a texture"]
+
+
+@pytest.mark.parametrize("name", ["tiny", "stable_diffusion"])
+def test_every_built_in_set_has_limits_and_the_empty_prompt_is_asked(name: str) -> None:
+    probes = read_probes(name)
+    assert {probe.set for probe in probes} <= set(LIMITS)
+    assert [probe.is_light for probe in probes if probe.prompt == ""] == [True]
+
+
+def test_the_hash_changes_with_a_prompt_and_not_with_the_short_check() -> None:
+    probes = read_probes("tiny")
+    changed = [*probes[:-1], Probe(id=probes[-1].id, prompt="another", set=probes[-1].set)]
+    all_light = [Probe(id=p.id, prompt=p.prompt, set=p.set, is_light=True) for p in probes]
+    assert probes_hash(changed) != probes_hash(probes) == probes_hash(all_light)
+
+
+def test_a_text_file_is_one_set_of_the_users_own(tmp_path: Path) -> None:
+    path = tmp_path / "mine.txt"
+    path.write_text("a horse\n\n  two cows \n")
+    assert [(p.set, p.prompt) for p in read_probes(str(path))] == [("own", "a horse"), ("own", "two cows")]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("version: 1\nsets: {G0: {probes: {a: x}}, G1: {probes: {a: y}}}", "these are not: a"),
+        ("version: 1\nsets: {G0: {probes: {a: 3}}}", "prompt 1 is not text"),
+        ("version: 1\nlight: [b]\nsets: {G0: {probes: {a: x}}}", "'light:' must list ids"),
+        ("sets: {}", "expected 'version: 1'"),
+        ("version: 1\nsets: {G0: [x]}", "set G0 needs 'probes:'"),
+        ("[a, {b: c}]", "prompt 2 is not text"),
+        ("[", "not readable as YAML"),
+        ("[]", "holds 0 prompts"),
+    ],
+)
+def test_a_broken_probe_file_is_one_clear_line(text: str, message: str, tmp_path: Path) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_text(text)
+    with pytest.raises(UsageError, match=message) as caught:
+        read_probes(str(path))
+    assert "\n" not in str(caught.value)
+
+
+def test_an_unknown_list_names_the_built_in_ones() -> None:
+    with pytest.raises(UsageError, match=r"--probes tinny: neither a readable file nor one of stable_diffusion, tiny"):
+        read_probes("tinny")
+
+
+def test_a_grid_asks_every_prompt_once_with_the_same_seeds() -> None:
+    grid = make_grid(["b", "a", "b"], num_images=2, seed=5)
+    assert grid.requests == [("b", 5), ("b", 6), ("a", 5), ("a", 6)]
+
+
+def test_grids_of_different_seeds_have_different_hashes() -> None:
+    assert make_grid(["a"], 2, 0).hash != make_grid(["a"], 2, 1).hash
+
+
+@pytest.mark.parametrize(("name", "text"), [("p.txt", "a b\n\nc\n"), ("p.yaml", "- a b\n- c\n")])
+def test_prompts_are_read_from_text_and_yaml(name: str, text: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_text(text)
+    assert read_prompts(tmp_path / name) == ["a b", "c"]
