@@ -27,7 +27,7 @@ $(VENV)/.installed: pyproject.toml requirements.lock
 	touch $@
 
 demo: setup ## volumes to slices to LoRA to a drift report, on the embedded base model: demo/report.html
-	HF_HUB_OFFLINE=1 $(PY) -m eval.demo
+	HF_HUB_OFFLINE=1 $(PY) benchmarks/demo.py
 
 test: setup ## format, lint, types and tests, offline
 	$(VENV)/bin/ruff format --check .

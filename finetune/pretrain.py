@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 
 CONTEXT_LENGTH = 77
 SPELLINGS = 8
+SPELLING_DROPOUT = 0.3
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -282,25 +283,50 @@ def _new_denoiser(
     return text_encoder, unet
 
 
-def _spell(tokenizer: CLIPTokenizer, captions: list[str]) -> Tensor:
+def _spell(tokenizer: CLIPTokenizer, captions: list[str], random: np.random.Generator) -> Tensor:
     """Token ids of each caption: (N, 1 + SPELLINGS, L); the first as usual, the others split at random."""
-    import torch
-    from tokenizers import Tokenizer
+    import json
 
-    backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
-    backend.no_truncation()
-    backend.no_padding()
-    usual = tokenizer(captions, padding="max_length", truncation=True, max_length=CONTEXT_LENGTH, return_tensors="pt")
-    spellings = [usual.input_ids]
-    backend.model.dropout = 0.3
+    import torch
+
+    backend = tokenizer.backend_tokenizer
+    merges = json.loads(backend.to_str())["model"]["merges"]
+    ranks = {tuple(merge): rank for rank, merge in enumerate(merges)}
+    usual = tokenizer(captions, padding="max_length", truncation=True, max_length=CONTEXT_LENGTH).input_ids
+    spellings = [usual]
     for _ in range(SPELLINGS):
-        ids = [
-            encoding.ids[: CONTEXT_LENGTH - 1] for encoding in backend.encode_batch(captions, add_special_tokens=False)
+        rows = []
+        for caption in captions:
+            words = backend.pre_tokenizer.pre_tokenize_str(backend.normalizer.normalize_str(caption))
+            pieces = [piece for word, _ in words for piece in split_word(word, ranks, random, SPELLING_DROPOUT)]
+            ids = tokenizer.convert_tokens_to_ids(pieces)[: CONTEXT_LENGTH - 2]
+            rows.append([tokenizer.bos_token_id, *ids] + [tokenizer.eos_token_id] * (CONTEXT_LENGTH - 1 - len(ids)))
+        spellings.append(rows)
+    return torch.tensor(spellings).transpose(0, 1).contiguous()
+
+
+def split_word(word: str, ranks: dict[tuple[str, ...], int], random: np.random.Generator, dropout: float) -> list[str]:
+    """Split a word into pieces by merges, each skipped with probability ``dropout`` every time it is possible.
+
+    The ``tokenizers`` library has this too, but from a source of randomness that cannot be seeded.
+
+    Args:
+        word: in byte-level letters, without the end-of-word mark.
+        ranks: pair of pieces -> its place in the list of merges.
+        random: source of randomness.
+        dropout: 0 gives the usual split, 1 single letters (Provilkov et al. 2020, algorithm 1).
+    """
+    pieces = [*word[:-1], word[-1] + "</w>"]
+    while True:
+        possible = [
+            (ranks[pair], place)
+            for place, pair in enumerate(zip(pieces, pieces[1:], strict=False))
+            if pair in ranks and random.random() >= dropout
         ]
-        end = tokenizer.eos_token_id
-        rows = [[tokenizer.bos_token_id, *row[: CONTEXT_LENGTH - 2], end] for row in ids]
-        spellings.append(torch.tensor([row + [end] * (CONTEXT_LENGTH - len(row)) for row in rows]))
-    return torch.stack(spellings, dim=1)
+        if not possible:
+            return pieces
+        _, place = min(possible)
+        pieces[place : place + 2] = [pieces[place] + pieces[place + 1]]
 
 
 def _train_denoiser(
@@ -313,6 +339,7 @@ def _train_denoiser(
     """Train text encoder and U-Net on epsilon with min-SNR weights; leave the averaged pipeline in ``work``."""
     import time
 
+    import numpy as np
     import torch
     from diffusers import DDIMScheduler, DDPMScheduler, StableDiffusionPipeline
     from diffusers.training_utils import EMAModel, compute_snr
@@ -339,7 +366,7 @@ def _train_denoiser(
     unique = sorted(set(captions))
     number = {caption: index for index, caption in enumerate(unique)}
     which = torch.tensor([number[caption] for caption in captions])
-    spellings = _spell(tokenizer, [*unique, ""])
+    spellings = _spell(tokenizer, [*unique, ""], np.random.default_rng((config.seed, 3)))
     empty = len(unique)
 
     weights = [*text_encoder.parameters(), *unet.parameters()]
