@@ -34,11 +34,12 @@ from typing import BinaryIO, Literal, NamedTuple
 import numpy as np
 import tifffile
 from numpy.typing import NDArray
-from scipy import ndimage
+from scipy import fft, ndimage
 from tqdm import tqdm
 
 from configs.errors import TisserandError, UsageError
-from configs.load import command
+from configs.load import as_dict, command
+from data_prep.manifest import sha256_of
 
 MATRIX, WARP, WEFT, OUTSIDE = range(4)
 VOID_GREY = 10.0
@@ -232,6 +233,28 @@ class PhantomConfig:
         return replace(LOOKS[self.state], **{name: value for name, value in chosen.items() if value is not None})
 
 
+class Geometry(NamedTuple):
+    """Lengths of the weave in voxels, after compaction; a wave is the amplitude of a yarn's path along Z."""
+
+    warp_pitch: float
+    weft_pitch: float
+    layer_height: float
+    warp_wave: float
+    weft_wave: float
+
+
+def geometry_of(config: PhantomConfig) -> Geometry:
+    """Return the lengths that the options ask for."""
+    layer_height = config.layer_height_um / config.voxel_um * config.look().compaction
+    return Geometry(
+        warp_pitch=config.warp_pitch_um / config.voxel_um,
+        weft_pitch=config.weft_pitch_um / config.voxel_um,
+        layer_height=layer_height,
+        warp_wave=config.crimp * layer_height / 2,
+        weft_wave=config.weft_crimp * layer_height / 2,
+    )
+
+
 class Layer(NamedTuple):
     """One layer of yarns of one direction, as maps over the plane (Y, X)."""
 
@@ -242,22 +265,13 @@ class Layer(NamedTuple):
 
 
 class Weave:
-    """Draws any plane of a volume from its seed and options alone.
-
-    Attributes:
-        warp_pitch, weft_pitch, layer_height: in voxels, after compaction.
-        warp_wave, weft_wave: amplitude of the yarns' waves along Z, in voxels.
-    """
+    """Draws any plane of a volume from its seed and options alone."""
 
     def __init__(self, config: PhantomConfig) -> None:
         self.config = config
         self.look = config.look()
-        self.warp_pitch = config.warp_pitch_um / config.voxel_um
-        self.weft_pitch = config.weft_pitch_um / config.voxel_um
-        self.layer_height = config.layer_height_um / config.voxel_um * self.look.compaction
-        self.warp_wave = config.crimp * self.layer_height / 2
-        self.weft_wave = config.weft_crimp * self.layer_height / 2
-        pitches = (self.layer_height, self.weft_pitch, self.warp_pitch)
+        self.geometry = geometry_of(config)
+        pitches = (self.geometry.layer_height, self.geometry.weft_pitch, self.geometry.warp_pitch)
         self._origin = self.random("origin").uniform(size=3) * pitches
         self._texture = self._draw_texture()
         self._layer = lru_cache(maxsize=8)(self._draw_layer)
@@ -296,15 +310,19 @@ class Weave:
     def _layers_near(self, z: int) -> list[tuple[int, int]]:
         """Return (kind, index) of the layers whose yarns can reach plane ``z``."""
         near = []
-        for kind, wave, thickness in (
-            (WARP, self.warp_wave, self.look.warp_thickness),
-            (WEFT, self.weft_wave, self.look.weft_thickness),
+        for kind, wave, span, thickness in (
+            (WARP, self.geometry.warp_wave, self.geometry.weft_pitch, self.look.warp_thickness),
+            (WEFT, self.geometry.weft_wave, self.geometry.warp_pitch, self.look.weft_thickness),
         ):
-            # Wander and sloping yarns reach further than the mean path and the nominal thickness.
-            reach = wave + self.layer_height * (0.8 * thickness + 4 * self.look.wander) + self.look.edge_px
+            # The bounds of a yarn: steepest slope, least swell (0.9), furthest wander (sqrt 6 spreads).
+            oblique = math.hypot(1, wave * math.pi / span)
+            reach = wave + self.geometry.layer_height * (
+                thickness / 2 * oblique / 0.9 + math.sqrt(6) * self.look.wander
+            )
+            reach += self.look.edge_px / 2
             middle = z - self._origin[0]
-            first = math.ceil((middle - reach) / self.layer_height)
-            last = math.floor((middle + reach) / self.layer_height)
+            first = math.ceil((middle - reach) / self.geometry.layer_height)
+            last = math.floor((middle + reach) / self.geometry.layer_height)
             near += [(kind, index) for index in range(first, last + 1)]
         return near
 
@@ -312,15 +330,19 @@ class Weave:
         """Draw the yarns of one layer; the maps are built as (u, s) and turned for the warp."""
         rows, columns = self.config.shape[1:]
         across, along = (columns, rows) if kind == WARP else (rows, columns)
-        pitch, other = (self.warp_pitch, self.weft_pitch) if kind == WARP else (self.weft_pitch, self.warp_pitch)
+        pitch, other = (
+            (self.geometry.warp_pitch, self.geometry.weft_pitch)
+            if kind == WARP
+            else (self.geometry.weft_pitch, self.geometry.warp_pitch)
+        )
         width, thickness = (
             (self.look.warp_width, self.look.warp_thickness)
             if kind == WARP
             else (self.look.weft_width, self.look.weft_thickness)
         )
-        wave = self.warp_wave if kind == WARP else -self.weft_wave
+        wave = self.geometry.warp_wave if kind == WARP else -self.geometry.weft_wave
         # Odd layers are shifted along the warp; the warp of a layer follows the weft that it binds.
-        shift = self.look.nesting * self.weft_pitch * (index % 2)
+        shift = self.look.nesting * self.geometry.weft_pitch * (index % 2)
         start_across, start_along = self._origin[2], self._origin[1] + shift
         if kind == WEFT:
             start_across, start_along = start_along, start_across
@@ -332,13 +354,13 @@ class Weave:
         wander = self.look.wander
         lateral = start_across + pitch * (yarn[:, None] + wander * _smooth(random, yarn.size, position, 6 * other))
         phase = math.pi * ((position - start_along) / other + yarn[:, None])
-        path = self._origin[0] + index * self.layer_height + wave * np.cos(phase)
-        path += wander * self.layer_height * _smooth(random, yarn.size, position, 6 * other)
+        path = self._origin[0] + index * self.geometry.layer_height + wave * np.cos(phase)
+        path += wander * self.geometry.layer_height * _smooth(random, yarn.size, position, 6 * other)
         # A sloping yarn is cut obliquely by the Z axis.
         oblique = np.hypot(1, wave * math.pi / other * np.sin(phase))
         swell = 1 + 0.04 * _smooth(random, yarn.size, position, 4 * other)
         half_width = swell * width * pitch / 2
-        half_height = oblique / swell * thickness * self.layer_height / 2
+        half_height = oblique / swell * thickness * self.geometry.layer_height / 2
         tone = 5 * random.standard_normal((yarn.size, 1)) + 3 * _smooth(random, yarn.size, position, 3 * other)
         offset = random.integers(0, 2**16, size=(yarn.size, 3))
 
@@ -363,10 +385,13 @@ class Weave:
     def _draw_texture(self) -> Floats:
         """Draw one periodic block of streaks (v, s, u): half voxels across, 2 voxels along; sides are powers of two."""
         config = self.config
-        white = self.random("texture").standard_normal((64, 256, 128), dtype=np.float32)
+        shape = (64, 256, 128)
+        white = fft.rfftn(self.random("texture").standard_normal(shape, dtype=np.float32))
         across, along = 2 * config.streak_width_um / config.voxel_um, config.streak_length_um / config.voxel_um / 2
-        fine = ndimage.gaussian_filter(white, (across, along, across), mode="wrap")
-        coarse = ndimage.gaussian_filter(white, (3 * across, 2 * along, 3 * across), mode="wrap")
+        fine, coarse = (
+            fft.irfftn(ndimage.fourier_gaussian(white, size, n=shape[2]), shape)
+            for size in ((across, along, across), (3 * across, 2 * along, 3 * across))
+        )
         texture = fine / fine.std() + coarse / coarse.std()
         return (self.look.streak_grey / texture.std() * texture).astype(np.float32)
 
@@ -486,21 +511,26 @@ def write(config: PhantomConfig, *, workers: int = 1) -> dict[str, object]:
         UsageError: an output exists, or its folder cannot be written to.
         TisserandError: the disk filled up or failed.
     """
-    paths = {"volume": config.output, "truth": config.output.with_suffix(".truth.json")}
-    if config.labels:
-        paths["labels"] = config.output.with_suffix(".labels.tif")
-    for path in paths.values():
+    every = {
+        "labels": config.output.with_suffix(".labels.tif"),
+        "volume": config.output,
+        "truth": config.output.with_suffix(".truth.json"),
+    }
+    for path in every.values():
         if path.is_dir() or (path.exists() and not config.overwrite):
             raise UsageError(f"--output {config.output}: {path.name} exists; name another file or pass --overwrite")
+    paths = {name: path for name, path in every.items() if name != "labels" or config.labels}
     parts = {name: path.with_name(path.name + ".partial") for name, path in paths.items()}
     try:
         config.output.parent.mkdir(parents=True, exist_ok=True)
         tally = _write_planes(config, parts, workers)
         truth = _truth(config, tally, {name: parts[name] for name in paths if name != "truth"})
         parts["truth"].write_text(json.dumps(truth, indent=2) + "\n", encoding="utf-8")
-        paths["truth"].unlink(missing_ok=True)
-        for name in sorted(paths, key=["labels", "volume", "truth"].index):
-            parts[name].replace(paths[name])
+        # A truth always belongs to the volume beside it, also when this stops half-way.
+        for name in ("truth", "labels"):
+            every[name].unlink(missing_ok=True)
+        for name, part in parts.items():
+            part.replace(paths[name])
     except (PermissionError, NotADirectoryError, FileExistsError) as error:
         raise UsageError(f"--output {config.output}: cannot write there ({error.strerror})") from error
     except OSError as error:
@@ -557,20 +587,20 @@ def _empty_tiff(path: Path, shape: tuple[int, int, int], dtype: str, voxel_um: f
 
 def _truth(config: PhantomConfig, tally: Tally, files: dict[str, Path]) -> dict[str, object]:
     """Describe what was drawn: geometry, fractions counted from the labels, grey levels, options, hashes."""
-    weave, look = Weave(config), config.look()
+    geometry, look = geometry_of(config), config.look()
     scale, offset = _CALIBRATION[config.dtype]
     voxels = dict(zip(("matrix", "warp", "weft", "outside"), map(int, tally.labels), strict=True))
     inside = max(sum(voxels.values()) - voxels["outside"], 1)
     yarn = (voxels["warp"] + voxels["weft"]) / inside
     low, high = tally.percentile(0.1), tally.percentile(99.9)
     lengths_px = {
-        "warp_pitch": weave.warp_pitch,
-        "weft_pitch": weave.weft_pitch,
-        "layer_height": weave.layer_height,
-        "warp_wave_amplitude": weave.warp_wave,
-        "warp_wave_length": 2 * weave.weft_pitch,
-        "weft_wave_amplitude": weave.weft_wave,
-        "weft_wave_length": 2 * weave.warp_pitch,
+        "warp_pitch": geometry.warp_pitch,
+        "weft_pitch": geometry.weft_pitch,
+        "layer_height": geometry.layer_height,
+        "warp_wave_amplitude": geometry.warp_wave,
+        "warp_wave_length": 2 * geometry.weft_pitch,
+        "weft_wave_amplitude": geometry.weft_wave,
+        "weft_wave_length": 2 * geometry.warp_pitch,
     }
     return {
         "format": 1,
@@ -581,8 +611,8 @@ def _truth(config: PhantomConfig, tally: Tally, files: dict[str, Path]) -> dict[
         **{f"{name}_px": value for name, value in lengths_px.items()},
         **{f"{name}_um": value * config.voxel_um for name, value in lengths_px.items()},
         "orientation_zyx": {"warp": [0, 1, 0], "weft": [0, 0, 1]},
-        "warp_crimp": _crimp(weave.warp_wave, 2 * weave.weft_pitch),
-        "weft_crimp": _crimp(weave.weft_wave, 2 * weave.warp_pitch),
+        "warp_crimp": _crimp(geometry.warp_wave, 2 * geometry.weft_pitch),
+        "weft_crimp": _crimp(geometry.weft_wave, 2 * geometry.warp_pitch),
         "voxels": voxels,
         "yarn_fraction": yarn,
         "warp_fraction": voxels["warp"] / inside,
@@ -600,8 +630,8 @@ def _truth(config: PhantomConfig, tally: Tally, files: dict[str, Path]) -> dict[
         "window_0.1_99.9_percent": [low, high],
         "noise_sigma_windowed": config.noise_sigma * 255 / max(high - low, 1e-6),
         "look": asdict(look),
-        "options": {**asdict(config), "output": config.output.name},
-        "sha256": {name: _sha256(path) for name, path in files.items()},
+        "options": {name: value for name, value in as_dict(config).items() if name not in {"output", "overwrite"}},
+        "sha256": {name: sha256_of(path) for name, path in files.items()},
     }
 
 
@@ -628,12 +658,6 @@ def _outside_circle(shape: tuple[int, int]) -> NDArray[np.bool_]:
     rows, columns = shape
     y, x = np.ogrid[:rows, :columns]
     return np.hypot(y - (rows - 1) / 2, x - (columns - 1) / 2) > min(shape) / 2
-
-
-def _sha256(path: Path) -> str:
-    """Hash a file without reading it into memory."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def main(config: PhantomConfig) -> None:
