@@ -172,13 +172,14 @@ def _inner_defaults(field: dataclasses.Field[Any]) -> dict[str, Any]:
 
 
 def _print_help(config_class: type) -> NoReturn:
-    """Print what tyro makes of the dataclasses and the strings under their fields, and leave with 0."""
+    """Print the module's docstring, and what tyro makes of the fields and the strings under them; leave with 0."""
     page = dataclasses.make_dataclass("Page", [("settings", config_class), ("common", Common)], kw_only=True)
     main = sys.modules["__main__"]
+    print(inspect.getdoc(sys.modules[config_class.__module__]), end="\n\n")  # tyro would join its lines
     tyro.cli(
         page,
         prog=f"python -m {main.__spec__.name}" if main.__spec__ else sys.argv[0],
-        description=inspect.getdoc(sys.modules[config_class.__module__]),
+        description="",
         args=["--help"],
         use_underscores=True,
         config=(tyro.conf.OmitArgPrefixes,),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import re
 import subprocess
 import sys
@@ -39,6 +40,7 @@ TREE = (*(f"{package}/**/*.py" for package in PACKAGES), "benchmarks/*.py", *PRE
 VAGUE = {"utils", "util", "helpers", "helper", "common", "misc", "manager"}
 
 
+@functools.cache
 def imported(path: Path) -> set[str]:
     """Return the full names of the modules that a file imports, at its top or inside functions."""
     found: set[str] = set()
@@ -56,6 +58,13 @@ def imported(path: Path) -> set[str]:
 def ours(name: str) -> set[str]:
     """Return the modules of ours that a module imports."""
     return {target for target in imported(MODULES[name]) if target.partition(".")[0] in PACKAGES}
+
+
+@functools.cache
+def installed() -> dict[str, set[str]]:
+    """Return what can be imported besides our own packages, with the distributions it comes from."""
+    found = {name: set(distributions) - {"tisserand"} for name, distributions in packages_distributions().items()}
+    return {name: distributions for name, distributions in found.items() if distributions}
 
 
 def within(name: str, places: tuple[str, ...]) -> bool:
@@ -99,13 +108,12 @@ def test_data_preparation_and_settings_never_import_torch(name: str) -> None:
 )
 def test_module_in_a_script_folder_shadows_no_other(path: Path) -> None:
     """A script's own folder comes first on ``sys.path``: ``finetune/datasets.py`` would hide the library."""
-    installed = {name for name, distributions in packages_distributions().items() if distributions != ["tisserand"]}
-    assert path.stem not in (sys.stdlib_module_names | installed)
+    assert path.stem not in sys.stdlib_module_names | set(installed())
 
 
 @pytest.mark.parametrize("package", PACKAGES)
 def test_no_installed_package_has_the_name_of_ours(package: str) -> None:
-    assert set(packages_distributions().get(package, ["tisserand"])) == {"tisserand"}
+    assert package not in installed()
 
 
 @pytest.mark.parametrize("name", MODULES)
