@@ -2,8 +2,8 @@
 
     python benchmarks/demo.py
 
-Three synthetic volumes -> captioned tiles -> LoRA -> generated slices -> drift -> fidelity -> one page. Every command is
-printed before it runs. The times, the peak memory and a hash of every product go to demo/demo.json.
+Three synthetic volumes -> captioned tiles -> LoRA -> generated slices -> drift -> fidelity -> one page. Every
+command is printed before it runs. The times, the peak memory and a hash of every product go to demo/demo.json.
 """
 
 from __future__ import annotations
@@ -55,9 +55,10 @@ def commands(config: DemoConfig) -> dict[str, list[list[str]]]:
     model = ["--pretrained_model_name_or_path", BASE]
     phantoms = [
         [*module, "data_prep.phantom", "--state", state, "--shape", *map(str, shape), "--seed", seed]
-        + ["--output", str(volumes[state]), "--overwrite"]
         for state, shape in SHAPES.items()
     ]
+    for words, path in zip(phantoms, volumes.values(), strict=True):
+        words += ["--output", str(path), "--overwrite"]
     cut = ["--volumes", *(f"{state}={path}" for state, path in volumes.items()), "--split", "region", "--stride", "4"]
     cut += ["--fit", "tile", "--tile_size", "64", "--output_dir", str(out / "weave"), "--overwrite"]
     train = ["finetune/lora.py", "--config", "configs/demo_lora.yaml", "--train_data_dir", str(out / "weave" / "train")]

@@ -2,9 +2,10 @@
 
     python benchmarks/tiny_sd.py --slices demo/weave
 
-Does the picture show what the prompt asked?  512 pictures over 32 prompts, 8 of them combinations never drawn for training,
-are read by a small classifier that was trained on freshly drawn pictures alone, and checked on others of them first.
-What does the VAE lose?  Round trip of slices of each state, peak signal-to-noise ratio against the noisy slice itself.
+Does the picture show what the prompt asked? 512 pictures over 32 prompts, 8 of them combinations never drawn for
+training, are read by a small classifier that was trained on freshly drawn pictures alone, and checked on others of
+them first.
+What does the VAE lose? Round trip of slices of each state, peak signal-to-noise ratio against the noisy slice itself.
 """
 
 from __future__ import annotations
@@ -114,7 +115,7 @@ def _prompts() -> list[Scene]:
 
 
 def _labels(scene: Scene) -> tuple[int, int, int, int]:
-    """Kind, first colour, second colour, count; a texture's colours are sorted, since its words may come in any order."""
+    """Kind, first colour, second colour, count; a texture's colours are sorted: its words come in any order."""
     from data_prep.shapes import COLOURS, SHAPES, TEXTURES
 
     names = [*COLOURS, "grey"]

@@ -8,8 +8,9 @@ Two families of pictures, each with one caption form:
     a red and yellow striped texture            two colours in a pattern named with a word of the
     a grey woven texture                        Describable Textures kind; or grey, with scanner-like noise
 
-A picture is a pure function of (seed, index). A few combinations are never drawn (``HELD_OUT``), so that a model trained on
-this world can be asked for something new. Nothing here knows volumes, yarn geometry or the captions of slices.
+A picture is a pure function of (seed, index). A few combinations are never drawn (``HELD_OUT``), so that a model
+trained on this world can be asked for something new. Nothing here knows volumes, yarn geometry or the captions of
+slices.
 """
 
 from __future__ import annotations
@@ -153,7 +154,7 @@ def _jitter(colour: str, random: np.random.Generator) -> Field:
 
 
 def _grey(mask: Field, random: np.random.Generator) -> Picture:
-    """Turn a pattern into a grey picture with the flaws of a scanner: blur, uneven light, noise of up to 14 grey levels."""
+    """Turn a pattern into a grey picture with the flaws of a scanner: blur, uneven light, noise."""
     low, high = random.uniform(10, 130), random.uniform(60, 125)
     if random.random() < 0.5:
         mask = 1.0 - mask

@@ -7,14 +7,15 @@ Learns  the VAE first; then, with its latents, text encoder and U-Net together f
 Batch   captioned square pictures of one size.
 Saves   a pipeline folder (averaged weights), loaded by StableDiffusionPipeline.from_pretrained.
 
-The tokenizer is a byte-level BPE in CLIP's layout, learned from the captions: it spells any text with known pieces. A share of
-the captions is split at random into smaller pieces (BPE dropout, Provilkov et al. 2020), so that the encoder also learns to
-read letters, which is all it will see of a new word.
+The tokenizer is a byte-level BPE in CLIP's layout, learned from the captions: it spells any text with known pieces. A
+share of the captions is split at random into smaller pieces (BPE dropout, Provilkov et al. 2020), so that the encoder
+also learns to read letters, which is all it will see of a new word.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -320,7 +321,7 @@ def split_word(word: str, ranks: dict[tuple[str, ...], int], random: np.random.G
     while True:
         possible = [
             (ranks[pair], place)
-            for place, pair in enumerate(zip(pieces, pieces[1:], strict=False))
+            for place, pair in enumerate(pairwise(pieces))
             if pair in ranks and random.random() >= dropout
         ]
         if not possible:
