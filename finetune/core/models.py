@@ -12,7 +12,7 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +27,7 @@ LORA_FILE = "pytorch_lora_weights.safetensors"
 """The file name diffusers looks for."""
 PROVENANCE_KEY = "provenance"
 """Key of the safetensors metadata that holds what ``provenance.json`` holds."""
+_DOWN = ("lora_A.", "lora.down.", "lora_down.", "lora_linear_layer.down.")  # one tensor per adapted layer, by dialect
 _PARTS = ("scheduler", "text_encoder", "tokenizer", "unet", "vae")
 
 
@@ -232,7 +233,7 @@ def load_adapter(models: Models, path: Path, *, scale: float = 1.0) -> dict[str,
         raise InputError(f"--adapter {path}: only .safetensors files are read, never pickles")
     try:
         with safe_open(file, framework="pt") as reader:
-            metadata = reader.metadata() or {}
+            metadata, keys = reader.metadata() or {}, list(reader.keys())
         name = f"adapter_{len(getattr(models.unet, 'peft_config', {}))}"
         with warnings.catch_warnings():
             # peft warns that an adapter is there already: here that is meant.
@@ -243,10 +244,10 @@ def load_adapter(models: Models, path: Path, *, scale: float = 1.0) -> dict[str,
     except (SafetensorError, OSError, ValueError, RuntimeError, RuntimeWarning, KeyError) as error:
         reason = " ".join(str(error).split())[:300]
         raise InputError(f"--adapter {path}: does not load into {models.name} ({reason})") from error
-    if name not in getattr(models.unet, "peft_config", {}) and name not in getattr(
-        models.text_encoder, "peft_config", {}
-    ):
-        raise InputError(f"--adapter {path}: holds no adapter for the U-Net or the text encoder of {models.name}")
+    written = sum(any(mark in key for mark in _DOWN) for key in keys)
+    placed = sum(name in layer.scaling for layer in _adapted_layers(models))
+    if not placed or placed < written:
+        raise InputError(f"--adapter {path}: {placed} of its {written} layers found a place in {models.name}")
     _scale_one(models, name, scale)
     return json.loads(metadata.get(PROVENANCE_KEY, "{}"))
 
@@ -260,15 +261,20 @@ def set_adapter_scale(models: Models, scale: float) -> None:
 
 def _scale_one(models: Models, name: str, scale: float) -> None:
     """Set the strength of one adapter, relative to its alpha / rank, and leave out of the sum what has none."""
+    for layer in _adapted_layers(models):
+        if name in layer.scaling:
+            layer.set_scale(name, scale)
+            active = [other for other, strength in layer.scaling.items() if strength != 0]
+            layer.enable_adapters(bool(active))
+            layer.set_adapter(active, inference_mode=True)
+
+
+def _adapted_layers(models: Models) -> list[Any]:
+    """Return the layers that carry adapters."""
     from peft.tuners.tuners_utils import BaseTunerLayer
 
-    for part in (models.unet, models.text_encoder):
-        for layer in part.modules():
-            if isinstance(layer, BaseTunerLayer) and name in layer.scaling:
-                layer.set_scale(name, scale)
-                active = [other for other, strength in layer.scaling.items() if strength != 0]
-                layer.enable_adapters(bool(active))
-                layer.set_adapter(active, inference_mode=True)
+    parts = (models.unet, models.text_encoder)
+    return [module for part in parts for module in part.modules() if isinstance(module, BaseTunerLayer)]
 
 
 def file_hash(path: Path) -> str:
