@@ -1,8 +1,8 @@
 """How much of a picture looks like a training slice although its prompt asked for something else.
 
-A small network learns to tell patches of real training slices from patches of pictures the base model makes of the probes.
-Both are grey, since colour would be too easy a cue and is measured elsewhere. The slices come as they are and
-once through the model's own VAE: the traces a decoder leaves are then on both sides and tell nothing.
+A small network learns to tell patches of real training slices from patches of the base model's own probe pictures. Both
+are grey, since colour would be too easy a cue and is measured elsewhere. The slices come as they are and once through
+the model's own VAE: the traces a decoder leaves are then on both sides and tell nothing.
 Shapes: N pictures, M patches of p x p px.
 """
 

@@ -1,0 +1,309 @@
+"""The drift check: zero where nothing changed, and numbers that mean what they say where something did."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from skimage.color import rgb2gray, rgb2hsv
+from test_leak import stripes, weave, write_split
+
+from configs.errors import UsageError
+from eval.colour import colourfulness, luminance, saturation
+from eval.config import SamplingConfig
+from eval.distances import Interval
+from eval.divergence import divergence_parts, predictions
+from eval.drift import DriftConfig, Evidence, main
+from eval.drift_scores import score_drift
+from eval.intervals import hierarchical, noise_band, ratio_of_means, share_interval
+from eval.leak import LeakNet, train_leak_net
+from eval.results import Result, read_results
+from eval.verdicts import FAR, LIMITS, judge_prompt, judge_set
+from finetune.core.models import load_models
+from prompts.probes import Probe
+
+PROBES = """
+version: 1
+sets:
+  G0: {probes: {squares: two squares, circles: three circles}}
+  G2: {probes: {woven: a woven basket}}
+  G4: {probes: {"null": ""}}
+"""
+IDEAL = Interval(value=1.0, low=1.0, high=1.0)
+
+
+def write_lora(base: Path, folder: Path, captions: list[str], data: Path | None = None) -> Path:
+    """Write a run folder with random adapters on the attention of a toy model."""
+    from diffusers import StableDiffusionPipeline
+    from diffusers.utils import convert_state_dict_to_diffusers
+    from peft import LoraConfig, get_peft_model_state_dict
+    from safetensors.torch import load_file, save_file
+
+    unet = load_models(str(base)).unet
+    unet.add_adapter(LoraConfig(r=2, lora_alpha=2, target_modules=["to_q", "to_k", "to_v", "to_out.0"]))
+    generator = torch.Generator().manual_seed(1)
+    for name, weight in unet.named_parameters():
+        if "lora_B" in name:
+            weight.data.normal_(0, 0.5, generator=generator)
+    layers = convert_state_dict_to_diffusers(get_peft_model_state_dict(unet))
+    StableDiffusionPipeline.save_lora_weights(folder, unet_lora_layers=layers, safe_serialization=True)
+    file = folder / "pytorch_lora_weights.safetensors"
+    save_file(load_file(file), file, metadata={"provenance": json.dumps({"captions": captions})})
+    if data is not None:
+        (folder / "config.yaml").write_text(f"train_data_dir: {data / 'train'}\n")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def probes(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("probes") / "probes.yaml"
+    path.write_text(PROBES)
+    return path
+
+
+@pytest.fixture(scope="module")
+def lora(toy_sd: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("lora")
+    (folder / "data").mkdir()
+    write_split(folder / "data" / "train", {"sf_dry sf_warp": 12, "sf_dry sf_weft": 12})
+    return write_lora(toy_sd, folder / "run", ["sf_dry sf_warp", "sf_dry sf_weft"], folder / "data")
+
+
+def settings(toy_sd: Path, probes: Path, output: Path, **changes: object) -> DriftConfig:
+    config = DriftConfig(pretrained_model_name_or_path=str(toy_sd), adapter=(Path("none"),), probes=str(probes),
+                         num_images=2, num_timesteps=3, sampling=SamplingConfig(num_inference_steps=2, batch_size=8),
+                         output_dir=output)  # fmt: skip
+    return dataclasses.replace(config, **changes)
+
+
+@pytest.fixture(scope="module")
+def drifted(toy_sd: Path, probes: Path, lora: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return the folder of a check of the toy with its adapter on."""
+    folder = tmp_path_factory.mktemp("drift") / "out"
+    main(settings(toy_sd, probes, folder, adapter=(lora,), num_images=4))
+    return folder
+
+
+def of(rows: list[Result], metric: str, group: str | None = None) -> list[Result]:
+    return [row for row in rows if row.metric == metric and group in {None, row.set}]
+
+
+@pytest.mark.parametrize("way", ["adapter at scale 0", "base against itself"])
+def test_a_model_that_did_not_change_scores_exactly_zero(
+    way: str, toy_sd: Path, probes: Path, lora: Path, tmp_path: Path
+) -> None:
+    ways: dict[str, dict[str, object]] = {
+        "adapter at scale 0": {"adapter": (lora,), "adapter_scale": 0.0},
+        "base against itself": {"adapter": (), "base": str(toy_sd)},
+    }
+    main(settings(toy_sd, probes, tmp_path / "out", captions=("sf_dry",), **ways[way]))
+    rows = read_results(tmp_path / "out" / "results.jsonl")
+    assert {(row.value, row.low, row.high) for row in of(rows, "divergence")} == {(0.0, 0.0, 0.0)}
+    assert {row.value for row in of(rows, "colourfulness_ratio")} == {1.0}
+    assert {row.verdict for row in rows} <= {"ok", "grey"}
+
+
+def test_a_model_that_changed_has_a_divergence_on_every_prompt(drifted: Path) -> None:
+    rows = of(read_results(drifted / "results.jsonl"), "divergence")
+    assert {row.prompt for row in rows} == {"", "two squares", "three circles", "a woven basket", "(empty prompt)"}
+    assert all((row.value or 0.0) > 0 for row in rows)
+
+
+def test_the_folder_holds_every_picture_with_its_record(drifted: Path) -> None:
+    records = [json.loads(line) for line in (drifted / "records.jsonl").read_text().splitlines()]
+    pictures = {path.relative_to(drifted).as_posix() for path in drifted.glob("*/*.png")}
+    assert {record["file_name"] for record in records} == pictures
+    assert len(records) == 2 * 4 * 4
+
+
+def test_every_row_names_its_hashes_and_its_command(drifted: Path) -> None:
+    for row in read_results(drifted / "results.jsonl"):
+        assert row.hashes.keys() == {"base", "probes", "adapter 0"}
+        assert row.command.startswith("python -m eval.drift --pretrained_model_name_or_path ")
+
+
+def test_the_training_slices_are_found_through_the_run(drifted: Path, lora: Path) -> None:
+    assert f"real: {lora.parent / 'data'}" in (drifted / "config.yaml").read_text()
+    assert len(of(read_results(drifted / "results.jsonl"), "leak_recall", "control")) == 1
+
+
+def test_without_training_slices_the_leak_is_grey_and_says_why(
+    toy_sd: Path, probes: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = write_lora(toy_sd, tmp_path / "run", ["sf_dry"])
+    main(settings(toy_sd, probes, tmp_path / "out", adapter=(run,)))
+    rows = of(read_results(tmp_path / "out" / "results.jsonl"), "leak")
+    assert [(row.value, row.verdict, row.reason) for row in rows] == [
+        (None, "grey", "no training slices to compare with; give --real DATASET")
+    ]
+    assert "leak not measured: no training slices" in capsys.readouterr().out
+
+
+def test_nothing_to_compare_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="--adapter: nothing to compare"):
+        DriftConfig(pretrained_model_name_or_path="x", output_dir=tmp_path)
+
+
+def test_a_list_without_light_probes_asks_for_all(toy_sd: Path, tmp_path: Path) -> None:
+    path = tmp_path / "probes.yaml"
+    path.write_text("version: 1\nlight: []\nsets: {G0: {probes: {a: x}}}\n")
+    with pytest.raises(UsageError, match="marks no probe as light; pass --full"):
+        main(settings(toy_sd, path, tmp_path / "out"))
+
+
+def test_the_divergence_of_a_scaled_prediction_is_the_square_of_the_change() -> None:
+    base = torch.randn(2, 3, 4, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    difference, scale = divergence_parts(base * 1.1, base)
+    # float32 products carry about 1e-7, the difference of neighbours ten times that.
+    np.testing.assert_allclose(difference / scale, 0.1**2, rtol=1e-5)
+
+
+def test_predictions_for_a_prompt_do_not_depend_on_the_other_prompts(toy_sd: Path) -> None:
+    models = load_models(str(toy_sd))
+    latents = torch.randn(3, 2, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    together = predictions(models, ["a", "b", "c"], latents, num_timesteps=2)
+    alone = predictions(models, ["c"], latents[2:], num_timesteps=2)
+    # Another batch size may sum in another order: float32 rounding of values near 1.
+    torch.testing.assert_close(alone[0], together[2], atol=1e-5, rtol=0)
+
+
+def test_colour_measures_agree_with_scikit_image() -> None:
+    pictures = np.random.default_rng(0).integers(0, 256, (3, 9, 7, 3), dtype=np.uint8)
+    np.testing.assert_allclose(saturation(pictures), [rgb2hsv(p)[..., 1].mean() for p in pictures], rtol=1e-9)
+    # rgb2gray uses the same weights with one digit less.
+    np.testing.assert_allclose(luminance(pictures), [255 * rgb2gray(p).mean() for p in pictures], rtol=1e-3)
+
+
+def test_colourfulness_is_that_of_the_paper() -> None:
+    half_red_half_green = np.zeros((1, 2, 2, 3), dtype=np.uint8)
+    half_red_half_green[0, 0, :, 0] = 200
+    half_red_half_green[0, 1, :, 1] = 200
+    # rg = +-200: mean 0, sd 200; yb = 100 everywhere: mean 100, sd 0; M = 200 + 0.3 * 100.
+    assert colourfulness(half_red_half_green)[0] == pytest.approx(230)
+    assert colourfulness(np.full((1, 4, 4, 3), 90, dtype=np.uint8))[0] == 0
+
+
+def test_the_interval_holds_the_truth_about_as_often_as_it_says() -> None:
+    random = np.random.default_rng(0)
+    hits = 0
+    for repeat in range(200):
+        values = 1 + random.normal(0, 0.3, (12, 1)) + random.normal(0, 0.2, (12, 4))
+        interval = hierarchical(lambda drawn: drawn.mean(axis=-1), values, draws=300, seed=repeat)
+        hits += interval.low <= 1 <= interval.high
+    # A percentile bootstrap of 12 prompts covers a little less than 95 %; a bootstrap of the 48 pictures covers 70 %.
+    assert 0.85 <= hits / 200 <= 1.0
+
+
+def test_no_hit_in_eight_pictures_does_not_promise_none() -> None:
+    # Wilson for 0 of 8: z^2 / (n + z^2) = 3.84 / 11.84.
+    assert share_interval(np.zeros((2, 4))).high == pytest.approx(0.3244, abs=1e-3)
+
+
+def test_the_noise_band_holds_a_third_set_of_seeds() -> None:
+    random = np.random.default_rng(0)
+    inside = 0
+    for _ in range(500):
+        again, third = np.exp(random.normal(0, 0.1, (2, 12)))
+        bands = noise_band(again, 1), noise_band(again, 12)
+        inside += bool(np.all((third > bands[0].low) & (third < bands[0].high))) and (
+            bands[1].low < third.mean() < bands[1].high
+        )
+    # 13 looks at 0.1 % each leave about 1 % of false alarms.
+    assert inside / 500 >= 0.95
+
+
+@pytest.mark.parametrize(
+    ("metric", "value", "pictures", "verdict"),
+    [
+        ("leak", 0.0, 8, "ok"),
+        ("leak", 0.25, 8, "warn"),
+        ("leak", 0.5, 8, "stop"),
+        ("leak", 1.0, 3, "grey"),
+        ("colourfulness_ratio", 0.95, 8, "ok"),
+        ("colourfulness_ratio", 0.80, 8, "warn"),
+        ("colourfulness_ratio", 0.55, 8, "stop"),
+        ("colourfulness_ratio", 1.6, 8, "ok"),
+        ("luminance_ratio", 1.6, 8, "warn"),
+        ("luminance_ratio", 1.8, 8, "stop"),
+        ("retention", 0.6, 8, "warn"),
+        ("retention", 0.45, 8, "stop"),
+        ("patch_leak", 1.0, 8, "grey"),
+    ],
+)
+def test_a_prompt_far_from_the_domain_is_judged_by_the_limits(
+    metric: str, value: float, pictures: int, verdict: str
+) -> None:
+    band = Interval(value=0.0, low=0.0, high=0.0) if "leak" in metric else IDEAL
+    assert judge_prompt(metric, Interval(value=value, low=value, high=value), band, FAR, pictures)[0] == verdict
+
+
+def test_a_score_inside_the_noise_of_the_base_is_not_flagged() -> None:
+    band = Interval(value=1.0, low=0.5, high=2.0)
+    score = Interval(value=0.55, low=0.5, high=0.6)
+    assert judge_prompt("colourfulness_ratio", score, band, FAR, 8)[0] == "ok"
+
+
+def test_neighbours_of_the_domain_never_stop_a_run() -> None:
+    lost = Interval(value=0.0, low=0.0, high=0.0)
+    assert judge_set("retention", lost, IDEAL, LIMITS["G2"], 8, ["ok"])[0] == "warn"
+
+
+def test_one_lost_prompt_stops_the_anchors_and_half_of_them_the_shared_tokens() -> None:
+    kept = Interval(value=0.1, low=0.0, high=0.2)
+    band = Interval(value=0.0, low=0.0, high=0.3)
+    verdicts = [judge_set("leak", kept, band, LIMITS[name], 8, ["ok", "stop", "ok"])[0] for name in ("G0", "G1")]
+    assert verdicts == ["stop", "warn"]
+
+
+def evidence_of(tuned: np.ndarray, base: np.ndarray, again: np.ndarray) -> Evidence:
+    flat = torch.ones(len(base), 1, 1, 4, 2, 2)
+    return Evidence(base=base, base_again=again, tuned=tuned, base_predictions=flat, tuned_predictions=flat,
+                    captions=(), base_caption_predictions=None, tuned_caption_predictions=None)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def detector() -> LeakNet:
+    return train_leak_net([weave(index) for index in range(24)], [stripes(index) for index in range(24)])
+
+
+def pictures_of(first: int) -> np.ndarray:
+    """Return 4 probes x 5 seeds of coloured stripes, (4, 5, H, W, 3)."""
+    return np.stack([stripes(first + index) for index in range(20)]).reshape(4, 5, 32, 32, 3)
+
+
+def test_half_of_the_tuned_pictures_replaced_by_slices_give_a_leak_of_a_half(detector: LeakNet) -> None:
+    tuned = pictures_of(500).copy()
+    tuned[::2] = np.stack([weave(600 + i) for i in range(10)]).reshape(2, 5, 32, 32, 1)
+    listed = [Probe(id=str(index), prompt=f"probe {index}", set="G3") for index in range(4)]
+    rows, _ = score_drift(listed, evidence_of(tuned, pictures_of(500), pictures_of(700)), detector, "")
+    leak = next(row for row in of(rows, "leak", "G3") if not row.prompt)
+    overall = next(row for row in rows if row.metric == "worst_prompt")
+    assert leak.value == pytest.approx(0.5, abs=0.05)
+    assert leak.verdict == "stop"
+    assert (overall.verdict, overall.prompt) in {("stop", "probe 0"), ("stop", "probe 2")}
+
+
+@pytest.mark.parametrize("first", range(1000, 1400, 100))
+def test_other_seeds_of_the_base_raise_no_flag(detector: LeakNet, first: int) -> None:
+    listed = [Probe(id=str(index), prompt=f"probe {index}", set="G3") for index in range(4)]
+    evidence = evidence_of(pictures_of(first), pictures_of(first + 40), pictures_of(first + 70))
+    rows, _ = score_drift(listed, evidence, detector, "")
+    assert {row.verdict for row in rows} <= {"ok", "grey"}
+
+
+def test_prompts_without_colour_are_left_out_of_the_colour_ratio() -> None:
+    grey = np.full((1, 4, 8, 8, 3), 100, dtype=np.uint8)
+    rows, _ = score_drift([Probe(id="a", prompt="grey", set="G2")], evidence_of(grey, grey, grey), None, "no slices")
+    assert {(row.value, row.verdict) for row in of(rows, "colourfulness_ratio")} == {(None, "grey")}
+    assert [row.value for row in of(rows, "luminance_ratio")] == [1.0, 1.0]
+
+
+def test_the_ratio_of_a_set_is_paired_by_seed() -> None:
+    base = np.random.default_rng(0).uniform(1, 100, (6, 8))
+    interval = hierarchical(ratio_of_means, 0.8 * base, base)
+    # However much the pictures differ among themselves, each kept 80 %.
+    assert (interval.low, interval.value, interval.high) == pytest.approx((0.8, 0.8, 0.8))
