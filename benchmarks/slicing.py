@@ -2,8 +2,8 @@
 
     python benchmarks/slicing.py --volumes dry=dry.tif dry_compacted=dc.tif injected=inj.tif
 
-Naive: one memory map per slice, grey levels, Pillow, RGB, one process; on a sample of evenly spaced slices per volume
-and direction, scaled to all of them. The slicer starts with the files evicted from the page cache, the naive way with the
+Naive: one memory map per slice, grey levels, Pillow, RGB, one process; on evenly spaced slices of each volume and
+direction, scaled to all of them. The slicer starts with the files evicted from the page cache, the naive way with the
 files in it, because a cold start would be scaled with the sample. Without ``--volumes``, phantoms are made first.
 """
 

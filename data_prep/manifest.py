@@ -169,7 +169,7 @@ def read_records(path: Path) -> list[tuple[int, dict[str, object]]]:
 def is_inside(file_name: str) -> bool:
     """Return whether a relative file name stays inside the folder it is relative to."""
     path = PurePosixPath(file_name)
-    return bool(file_name) and not path.is_absolute() and ".." not in path.parts and "\\" not in file_name
+    return bool(path.name) and not path.is_absolute() and ".." not in path.parts and not set("\\\0") & set(file_name)
 
 
 def _row_from(record: Mapping[str, object]) -> SliceRow:

@@ -85,7 +85,7 @@ class SliceConfig:
     memory_gb: float | None = None
     """Memory the process may use, in 10^9 bytes; by default 4 or a quarter of the machine's, if that is less."""
     workers: int | None = None
-    """Threads that encode; by default the number of cores. The pictures do not depend on it."""
+    """Threads that encode; by default the number of cores, at most 16. The pictures do not depend on it."""
     dry_run: bool = False
     """Print what would be done and stop."""
 
@@ -199,7 +199,7 @@ def make_plans(config: SliceConfig, words: Vocabulary) -> list[Plan]:
         Plan(
             volume=volume,
             pictures=plan_pictures(volume, config, words, has_size=has_size),
-            budget=buffer_budget(volume, config),
+            budget=buffer_budget(volume.info, config),
         )
         for volume in volumes
     ]
@@ -221,6 +221,9 @@ def survey(config: SliceConfig, words: Vocabulary) -> list[Volume]:
     stems = {state: _ascii(state) for state, _ in pairs}
     is_alone = len(set(stems.values())) == len(pairs)
     sources = [open_volume(path) for _, path in pairs]
+    for source in sources:
+        # A file may declare planes of any size: refuse them before memory is taken for one.
+        buffer_budget(source.info, config)
     volumes = []
     for (state, _), name, source in zip(pairs, names, sources, strict=True):
         region_axis = _region_axis(source.info, config)
@@ -401,7 +404,7 @@ def _cuts(rows: tuple[int, int], columns: tuple[int, int], what: str, config: Sl
     return fit.tiles(rows, columns, size=config.tile_size, overlap=config.tile_overlap)
 
 
-def buffer_budget(volume: Volume, config: SliceConfig) -> int:
+def buffer_budget(info: VolumeInfo, config: SliceConfig) -> int:
     """Return how many bytes of slices may be gathered at a time, so that the process stays under ``memory_gb``.
 
     Raises:
@@ -411,17 +414,18 @@ def buffer_budget(volume: Volume, config: SliceConfig) -> int:
         total = min(4 * _GB, os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 4)
     else:
         total = int(config.memory_gb * _GB)
-    z, y, x = volume.info.shape
-    largest = max(z * y, z * x, y * x)
-    # Slices that wait for an encoder keep what they were gathered in, a block at most, and are padded and filtered.
-    reserved = _BASE_BYTES + _COPIES_OF_A_PLANE * y * x + 3 * queue_length(config) * largest
-    budget = total - reserved - BLOCK * max(z * y, z * x)
-    if budget < max(z * y, z * x):
-        budget = max(total - reserved, 0) // 2
-    if budget < max(z * y, z * x):
-        needed = math.ceil(10 * (reserved + 2 * max(z * y, z * x)) / _GB) / 10
-        raise UsageError(f"--memory_gb {total / _GB:g}: volume '{volume.name}' needs at least {needed:g}")
-    return budget
+    z, y, x = info.shape
+    one_slice = max(z * y, z * x)
+    # Slices that wait for an encoder are padded and filtered there; they keep the block they were gathered in.
+    reserved = _BASE_BYTES + _COPIES_OF_A_PLANE * y * x + 3 * queue_length(config) * max(one_slice, y * x)
+    left = total - reserved
+    if left < 2 * one_slice:
+        needed = math.ceil(10 * (reserved + 2 * one_slice) / _GB) / 10
+        raise UsageError(
+            f"--memory_gb {total / _GB:g}: {info.path} with planes of {y}x{x} needs at least {needed:g}; "
+            "fewer --workers need less"
+        )
+    return max(left - BLOCK * one_slice, left // 2)
 
 
 def queue_length(config: SliceConfig) -> int:
@@ -431,7 +435,8 @@ def queue_length(config: SliceConfig) -> int:
 
 def num_workers(config: SliceConfig) -> int:
     """Return how many threads encode."""
-    return config.workers or len(os.sched_getaffinity(0))
+    # More than these wait for the planes to be read.
+    return config.workers or min(16, len(os.sched_getaffinity(0)))
 
 
 def _words(values: Sequence[object]) -> str:

@@ -168,7 +168,7 @@ def _look_at(split: str, folder: Path, name: str, decode: bool) -> _Picture:
 
 def _size_problems(pictures: Iterable[_Picture], records: dict[str, list[dict[str, object]]]) -> list[str]:
     """Compare the size of each picture with its row, where the row says it."""
-    said = {(split, record.get("file_name")): record for split, rows in records.items() for record in rows}
+    said = {(split, str(record.get("file_name"))): record for split, rows in records.items() for record in rows}
     problems = []
     for picture in pictures:
         record = said[picture.split, picture.name]
@@ -203,7 +203,8 @@ def _overlap_problems(records: dict[str, list[dict[str, object]]]) -> list[str]:
     for split, rows in records.items():
         for record in rows:
             box = record.get("box")
-            if isinstance(box, list) and len(box) == 6 and isinstance(record.get("volume"), str):
+            is_box = isinstance(box, list) and len(box) == 6 and all(type(edge) is int for edge in box)
+            if is_box and isinstance(record.get("volume"), str):
                 names[str(record["volume"]), split].append(record.get("file_name"))
                 boxes[str(record["volume"]), split].append(box)
     problems = []

@@ -20,7 +20,7 @@ from configs.errors import InputError, TisserandError, UsageError
 from configs.load import load
 from data_prep.intensity import Window, WindowEstimate, window_from
 from data_prep.manifest import SliceRow, read_manifest, read_rows
-from data_prep.plan import SliceConfig, Volume, make_plans, plan_pictures
+from data_prep.plan import SliceConfig, Volume, buffer_budget, make_plans, plan_pictures
 from data_prep.readers import VolumeInfo
 from data_prep.slice import main
 from data_prep.verify import verify
@@ -341,6 +341,13 @@ def test_the_manifest_describes_the_volume(scan: Path) -> None:
     assert found["counts"]["train"]["dry thickness"] == 2  # type: ignore[index,call-overload]  # JSON
 
 
+def test_volumes_can_stand_in_a_preset_as_a_mapping(scan: Path) -> None:
+    preset = scan / "slices.yaml"
+    preset.write_text(f"volumes:\n  dry: {scan}/dry.tif\n  injected: {scan}/b.tif\noutput_dir: {scan}/out\n")
+    found = load(SliceConfig, ["--config", str(preset)])
+    assert found.volumes == (f"dry={scan}/dry.tif", f"injected={scan}/b.tif")
+
+
 def test_a_dry_run_prints_the_plan_and_writes_nothing(scan: Path, capsys: pytest.CaptureFixture[str]) -> None:
     main(config(scan, "--dry_run"))
     out = capsys.readouterr().out
@@ -421,6 +428,13 @@ def test_a_volume_in_the_folder_that_would_be_replaced_is_safe(tmp_path: Path) -
     with pytest.raises(UsageError, match="lies inside --output_dir"):
         main(config(tmp_path, "--overwrite", volumes=["dry=out/dry.tif"]))
     assert (tmp_path / "out" / "dry.tif").exists()
+
+
+def test_planes_larger_than_memory_are_refused_by_their_declared_size() -> None:
+    settings = SliceConfig(volumes=("dry=dry.tif",), output_dir=Path("out"))
+    info = VolumeInfo(path=Path("dry.tif"), shape=(3, 90000, 90000), dtype="uint8", storage="", num_bytes=1000)
+    with pytest.raises(UsageError, match=r"--memory_gb .*: dry.tif with planes of 90000x90000 needs at least"):
+        buffer_budget(info, settings)
 
 
 def test_a_plane_that_turns_out_corrupt_leaves_nothing_behind(tmp_path: Path) -> None:

@@ -96,6 +96,9 @@ BROKEN: dict[str, tuple[Callable[[Path], Any], str]] = {
         "'mask_file_name' would be loaded as a second picture",
     ),
     "path out of the folder": (edit(lambda row: row.update(file_name="../train/a-0.png")), "not a path inside"),
+    "name that is no text": (edit(lambda row: row.update(file_name=["a-1.png"])), "not a path inside"),
+    "name with a zero byte": (edit(lambda row: row.update(file_name="a\0.png")), "not a path inside"),
+    "box of words": (edit(lambda row: row.update(box=["a"] * 6)), "columns box differ"),
     "same picture in both": (
         lambda d: (d / "validation" / "a-0.png").write_bytes((d / "train" / "a-2.png").read_bytes()),
         "validation/a-0.png: identical to train/a-2.png",
