@@ -90,6 +90,20 @@ def _mapping_rule(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[Any] | No
     )
 
 
+@registry.primitive_rule
+def _number_rule(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[float] | None:
+    """Read numbers as Python does, and YAML's spelling of the endless ones too."""
+    if info.type is not float:
+        return None
+    return PrimitiveConstructorSpec(
+        nargs=1,
+        metavar="FLOAT",
+        instance_from_str=lambda words: float(YAML_NUMBERS.get(words[0].lower(), words[0])),
+        is_instance=lambda value: isinstance(value, float | int),
+        str_from_instance=lambda value: [str(value)],
+    )
+
+
 def options_of(config_class: type) -> dict[str, Option]:
     """List the options of a dataclass and of the dataclasses inside it, by name."""
     found: dict[str, Option] = {}
@@ -222,17 +236,12 @@ def _words_of(node: yaml.Node, where: str) -> list[str] | None:
         case yaml.ScalarNode(style=None, value=text) if text in NULLS:
             return None
         case yaml.ScalarNode():
-            return [_text(node)]
+            return [str(node.value)]
         case yaml.SequenceNode(value=items) if all(isinstance(item, yaml.ScalarNode) for item in items):
-            return [_text(item) for item in items]
+            return [str(item.value) for item in items]
         case yaml.MappingNode(value=pairs) if all(isinstance(part, yaml.ScalarNode) for pair in pairs for part in pair):
-            return [f"{_text(name)}={_text(value)}" for name, value in pairs]
+            return [f"{name.value}={value.value}" for name, value in pairs]
     raise UsageError(f"{where}: expected a value, a list or a mapping of values; nothing nested deeper")
-
-
-def _text(node: yaml.ScalarNode) -> str:
-    text = str(node.value)
-    return YAML_NUMBERS.get(text.lower(), text) if node.style is None else text
 
 
 def convert(option: Option, given: Given) -> Any:

@@ -132,6 +132,8 @@ def test_command_line_spelling_gives_the_value(words: list[str], name: str, valu
         ("volumes: [dry=a.tif]", "volumes", {"dry": Path("a.tif")}),
         ("volumes: {}", "volumes", {}),
         ("name: 'null'", "name", "null"),
+        ("name: '.inf'", "name", ".inf"),
+        ("name: .inf", "name", ".inf"),
         ("name: 2026-11-21", "name", "2026-11-21"),
         ("title: true", "title", "true"),
         ("noise_offset: 0.2", "noise_offset", 0.2),
@@ -278,6 +280,7 @@ ODD_WORDS = (
     "\u2028",
     "\x1b",
     "\udcff",
+    ".inf",
     "-",
 )
 
@@ -444,5 +447,5 @@ def test_sigterm_clears_up_and_exits_143(tmp_path: Path) -> None:
         assert process.stdout is not None
         assert process.stdout.readline() == "ready\n"
         process.terminate()
-        out, err = process.communicate(timeout=20)
+        out, err = process.communicate(timeout=60)
     assert (process.returncode, out, err) == (143, "cleared\n", "error: terminated\n")
