@@ -1,7 +1,8 @@
 """Distances between sets of feature vectors, accuracies, and the intervals that belong to them.
 
-Slices of one volume resemble their neighbours, so a thousand of them are not a thousand samples. Every interval here resamples
-whole blocks (contiguous slabs on the real side, seeds on the generated side), and pairs from one block are left out of the kernel means.
+Slices of one volume resemble their neighbours, so a thousand of them are not a thousand samples. Every interval here
+resamples whole blocks (contiguous slabs on the real side, seeds on the generated side), and pairs from one block are
+left out of the kernel means.
 """
 
 from __future__ import annotations
@@ -78,9 +79,10 @@ def kid(a: Floats, b: Floats) -> float:
 def blocked_kid(a: Sample, b: Sample, *, draws: int = 1000, seed: int = 0) -> Interval:
     """Return the KID of two stratified samples of correlated pictures, with its block-bootstrap interval.
 
-    The mean kernel of each pair of strata is taken over pairs from different blocks, and the strata are weighted by their share of
-    the pictures, so neither neighbouring slices nor the mix of captions bias the distance. With one stratum and one picture per block
-    it is ``kid``. A stratum with a single block has no pair to offer; its pictures then count as independent.
+    The mean kernel of each pair of strata is taken over pairs from different blocks, and the strata are weighted by
+    their share of the pictures, so neither neighbouring slices nor the mix of captions bias the distance. With one
+    stratum and one picture per block it is ``kid``. A stratum with a single block has no pair to offer; its pictures
+    then count as independent.
 
     Args:
         a: one set.
@@ -197,7 +199,7 @@ def _split_lone_blocks(sample: Sample) -> Sample:
 
 
 def _draw_weights(sample: Sample, draws: int, generator: np.random.Generator) -> Floats:
-    """Return how often each picture occurs, (draws, N), when the blocks of every stratum are drawn again with replacement."""
+    """Return how often each picture occurs, (draws, N), when the blocks of every stratum are drawn with replacement."""
     weights = np.zeros((draws, len(sample)))
     for stratum in np.unique(sample.strata):
         members = np.flatnonzero(sample.strata == stratum)

@@ -1,7 +1,7 @@
 """Pictures to arrays: grey values, tiles at native scale, and the one exact resize.
 
-Structure is judged at the scale it was scanned at, so pictures are cut, never squashed. Where a size must change, ``resize`` is the
-only function that does it.
+Structure is judged at the scale it was scanned at, so pictures are cut, never squashed. Where a size must change,
+``resize`` is the only function that does it.
 """
 
 from __future__ import annotations
@@ -138,7 +138,7 @@ def draw_cuts(cuts: Sequence[Cut], per_class: int, seed: int) -> list[Cut]:
 
 
 def read_tiles(cuts: Sequence[Cut], tile: int, *, keep_flat: bool = False) -> Tiles:
-    """Cut the tiles out of their pictures, each picture opened once; flat tiles are counted, and left out unless asked for.
+    """Cut the tiles out of their pictures; flat ones are counted, and left out unless asked for.
 
     Raises:
         InputError: a picture cannot be read, or a tile sticks out of it.

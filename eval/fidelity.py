@@ -2,11 +2,12 @@
 
     python -m eval.fidelity --real data/weave --generated out/slices --output_dir out/fidelity
 
-Trains a small classifier on the real training slices, tests it on held-out ones, and reads the generated slices with it: does each
-show the state and axis of its prompt, and how far are they from held-out slices, measured by how far real slices are from each other?
-No outside weights are needed; the base model named in the records gives the VAE round trip.
+Trains a small classifier on the real training slices, tests it on held-out ones, and reads the generated slices with
+it: does each show the state and axis of its prompt, and how far are they from held-out slices, measured by how far
+real slices are from each other? No outside weights are needed; the base model named in the records gives the VAE
+round trip.
 
-Writes results.jsonl, confusion.json, confusion.png, samples.png, samples/ (the strips of each caption) and config.yaml.
+Writes results.jsonl, overview.json, confusion.png, samples.png, samples/ (the strips of each caption) and config.yaml.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from configs.errors import InputError
-from configs.load import as_dict, command, save
+from configs.load import command, save
 
 if TYPE_CHECKING:
     from eval.distances import Ints
@@ -95,7 +96,7 @@ def main(config: FidelityConfig) -> None:
     """Draw tiles, train the classifier, measure, judge, and publish the folder when it is whole."""
     from data_prep.manifest import check_free, publish
     from eval.fidelity_rows import Naming, fidelity_rows
-    from eval.results import write_results
+    from eval.results import command_line, write_results
     from eval.slice_sets import read_generated, read_real
     from prompts.vocabulary import DEFAULT, read_vocabulary
 
@@ -125,12 +126,12 @@ def main(config: FidelityConfig) -> None:
     sets = _read_sets(model, drawn, naming, real, round_trips, no_vae)
     rows = fidelity_rows(sets, naming, draws=config.bootstrap_draws, seed=config.seed)
     hashes = _hashes(config, vae_hash or generated.base_hash)
-    rows = [replace(row, hashes=hashes, command=reproduce(config)) for row in rows]
+    rows = [replace(row, hashes=hashes, command=command_line("eval.fidelity", config)) for row in rows]
 
     with publish(config.output_dir, overwrite=config.overwrite) as folder:
         write_results(folder / "results.jsonl", rows)
-        tables = save_pictures(folder, drawn, sets, round_trips[0] if round_trips else None, naming)
-        (folder / "confusion.json").write_text(json.dumps(tables, indent=1) + "\n", encoding="utf-8")
+        overview = save_pictures(folder, drawn, sets, round_trips[0] if round_trips else None, naming)
+        (folder / "overview.json").write_text(json.dumps(overview, indent=1) + "\n", encoding="utf-8")
         save(config, folder / "config.yaml")
     for line in _summary(rows):
         print(line)
@@ -152,8 +153,7 @@ def choose_tile(config: FidelityConfig, real: RealSlices, generated: Generated) 
         )
     if config.tile_size is not None and config.tile_size > shortest:
         raise InputError(
-            f"--tile_size {config.tile_size}: the shortest side of a slice is {shortest} px (real {real.shortest_side} px); "
-            f"at most {shortest}"
+            f"--tile_size {config.tile_size}: the shortest side of a slice is {shortest} px; at most {shortest}"
         )
     return config.tile_size or min(LARGEST_TILE, shortest)
 
@@ -188,23 +188,13 @@ def draw(config: FidelityConfig, real: RealSlices, generated: Generated, tile: i
     )
 
 
-def reproduce(config: FidelityConfig) -> str:
-    """Return the command that gives this folder again, without what is default."""
-    required = ("real", "generated", "output_dir")
-    blank = as_dict(FidelityConfig(**{name: Path() for name in required}))  # type: ignore[arg-type]
-    words = ["python", "-m", "eval.fidelity"]
-    for name, value in as_dict(config).items():
-        if name in required or (name != "overwrite" and value != blank[name]):
-            words += [f"--{name}", str(value)]
-    return shlex.join(words)
-
-
 def _notes(config: FidelityConfig, real: RealSlices, generated: Generated, drawn: Drawn, tile: int) -> Iterable[str]:
     """Say what was left out or cannot be trusted, before the work starts."""
     shapes = sorted({(picture.height, picture.width) for picture in generated.pictures})
     yield (
         f"{len(generated.pictures)} generated slices of {', '.join(f'{h} x {w}' for h, w in shapes)} px, "
-        f"{len(drawn.held_out)} held-out real tiles, {len(drawn.learning)} to learn from; tiles of {tile} px at native scale"
+        f"{len(drawn.held_out)} held-out real tiles, {len(drawn.learning)} to learn from; "
+        f"tiles of {tile} px at native scale"
     )
     if generated.num_other:
         yield f"note: {generated.num_other} pictures whose prompt is not a caption of the dataset are left out"
@@ -217,7 +207,7 @@ def _notes(config: FidelityConfig, real: RealSlices, generated: Generated, drawn
 
 def _leak_unchecked(folder: Path) -> str:
     """Say what a dataset without a held-out region means."""
-    return f"leak unchecked: {folder} has no validation split, so generated slices can only be compared with what was trained on"
+    return f"leak unchecked: {folder} has no validation split, so all comparisons are with what was trained on"
 
 
 def _truth(tiles: Tiles, naming: Naming) -> dict[Head, Ints]:
@@ -292,7 +282,7 @@ def _read_sets(
 
 
 def _by_picture(tiles: Seen, reading: Reading, owners: Sequence[int]) -> Seen:
-    """Return one entry a picture: the class that its tiles together hold most likely, the features of its first tile."""
+    """Return one entry a picture: the class its tiles together hold most likely, the features of the first."""
     import numpy as np
 
     owner = np.asarray(owners)

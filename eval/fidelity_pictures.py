@@ -9,6 +9,7 @@ import numpy as np
 from PIL import Image
 
 from eval.fidelity_rows import HEADS, Head, Naming, Seen, Sets, table_of
+from prompts.captions import caption
 
 if TYPE_CHECKING:
     from eval.features import Grey, Tiles
@@ -16,19 +17,18 @@ if TYPE_CHECKING:
 
 SAMPLES_PER_CAPTION = 4
 KINDS = ("real", "vae", "generated")
-Tables = dict[str, dict[str, list[str] | list[list[int]]]]
 
 
-def save_pictures(folder: Path, drawn: Drawn, sets: Sets, round_trip: Grey | None, naming: Naming) -> Tables:
-    """Write confusion.png, samples.png and the strips in samples/; return the tables by head and set."""
-    tables: Tables = {}
+def save_pictures(folder: Path, drawn: Drawn, sets: Sets, round_trip: Grey | None, naming: Naming) -> dict[str, object]:
+    """Write confusion.png, samples.png and the strips in samples/; return what they show, for overview.json."""
+    confusion: dict[str, dict[str, object]] = {}
     for head in HEADS:
-        tables[head] = {"names": list(naming.of(head))}
+        confusion[head] = {"names": list(naming.of(head))}
         for name, seen in (("held_out", sets.held_out), ("generated", sets.generated)):
-            tables[head][name] = table_of(seen, head, naming).astype(int).tolist()
+            confusion[head][name] = table_of(seen, head, naming).astype(int).tolist()
     _save_confusion(folder / "confusion.png", sets, naming)
-    _save_samples(folder, drawn, round_trip, naming)
-    return tables
+    captions = _save_samples(folder, drawn, round_trip, naming)
+    return {"tile_px": drawn.held_out.pixels.shape[1], "captions": captions, "confusion": confusion}
 
 
 def sample_name(state: str, axis: str, kind: str) -> str:
@@ -68,8 +68,8 @@ def _draw_table(axes: object, seen: Seen, head: Head, naming: Naming) -> None:
         axes.text(column, row, f"{count:.0f}", ha="center", va="center", color=colour)  # type: ignore[attr-defined]
 
 
-def _save_samples(folder: Path, drawn: Drawn, round_trip: Grey | None, naming: Naming) -> None:
-    """Write a strip per caption and kind, and all of them as one sheet."""
+def _save_samples(folder: Path, drawn: Drawn, round_trip: Grey | None, naming: Naming) -> list[dict[str, object]]:
+    """Write a strip per caption and kind, and all of them as one sheet; return caption and files of each."""
     from eval.sampling import contact_sheet
 
     (folder / "samples").mkdir()
@@ -79,20 +79,23 @@ def _save_samples(folder: Path, drawn: Drawn, round_trip: Grey | None, naming: N
         "vae": None if round_trip is None else (drawn.held_out, round_trip),
         "generated": (drawn.generated, drawn.generated.pixels),
     }
-    cells, labels = [], []
+    cells, captions = [], list[dict[str, object]]()
     for state in naming.states:
         for axis in naming.axes:
-            strips = []
+            strips, files = [], {}
             for kind in KINDS:
                 chosen = _first_tiles(sources[kind], (state, axis))
                 if len(chosen):
                     strip = np.concatenate(list(chosen), axis=1)
-                    Image.fromarray(strip).save(folder / "samples" / sample_name(state, axis, kind))
+                    files[kind] = f"samples/{sample_name(state, axis, kind)}"
+                    Image.fromarray(strip).save(folder / files[kind])
                 strips.append(_filled(chosen, tile))
             cells += strips
-            labels.append(naming.caption(naming.states.index(state) * 1000 + naming.axes.index(axis)))
+            captions.append({"caption": caption(state, axis, naming.vocabulary), "files": files})
     headers = ["real, held out", "the same through the VAE", "generated"]
+    labels = [str(entry["caption"]) for entry in captions]
     contact_sheet(cells, len(labels), len(KINDS), labels, headers).save(folder / "samples.png")
+    return captions
 
 
 def _first_tiles(source: tuple[Tiles, Grey] | None, label: tuple[str, str]) -> Grey:

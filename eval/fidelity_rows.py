@@ -1,7 +1,7 @@
 """From what the slice classifier reads in real and generated tiles to judged numbers.
 
-The classifier is a measuring instrument and is tested first: where it cannot read real slices, or real slices sent through the VAE,
-what it says of generated ones is grey.
+The classifier is a measuring instrument and is tested first: where it cannot read real slices, or real slices sent
+through the VAE, what it says of generated ones is grey.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ class Seen:
 
 @dataclass(frozen=True, kw_only=True)
 class Sets:
-    """What is compared. The two round trips are None where the model cannot be loaded, with the reason in ``no_vae``."""
+    """What is compared; the round trips are None where the model cannot be loaded, for the reason in ``no_vae``."""
 
     held_out: Seen
     held_out_matched: Seen
@@ -151,7 +151,7 @@ def _judge_accuracy(name: str, head: Head, value: float, classes: int) -> tuple[
         if head == "state" and value < WITHOUT_GREY:
             return (
                 "warn",
-                f"below {WITHOUT_GREY:.2f} without grey levels: state is recognised by grey level more than by structure",
+                f"below {WITHOUT_GREY:.2f} without grey levels: state is recognised by grey level",
             )
         return "ok", "with one common histogram for all tiles: read from structure, not from grey level"
     where = "held-out real tiles" if name == "held_out" else "held-out real tiles after the VAE round trip"
@@ -173,7 +173,7 @@ def _why_not_believed(head: Head, accuracies: Sequence[Result], sets: Sets, nami
             return sets.no_vae
         if row.value < ADMISSION:
             through = " after the VAE round trip" if row.set == "held_out_vae" else ""
-            return f"the classifier reads the {head} of held-out real tiles{through} at {row.value:.2f}, below {ADMISSION:.2f}"
+            return f"{head} of held-out real tiles{through} is read at {row.value:.2f}, below {ADMISSION:.2f}"
     return ""
 
 
@@ -262,8 +262,8 @@ def _distance_rows(sets: Sets, naming: Naming, blocked: str, draws: int, seed: i
         )
         rows.append(_with(kid_row, ratio, metric="kid_floor_ratio", unit="ratio", floor=1.0))
     notes = {
-        "real": f"reference: real slices set aside against held-out ones, {captions}; the ratio divides by its upper end",
-        "vae": f"reference: the same real slices after the VAE round trip, {captions}; no generator behind this VAE does better",
+        "real": f"reference: other real slices against held-out ones, {captions}; the ratio divides by the upper end",
+        "vae": f"reference: these after the VAE round trip, {captions}; no generator behind this VAE does better",
     }
     rows += [_with(base, line, set=name, reason=notes[name]) for name, line in lines.items()]
     if sets.aside_vae is None:
@@ -292,21 +292,21 @@ def _judge_distance(
     if measured.low <= ceiling:
         return (
             "ok",
-            "not distinguishable from the distance between two parts of the same material, directly or through the VAE",
+            "not distinguishable from two parts of the same real material, as scanned or through the VAE",
         )
     if nearest is not None and measured.value >= nearest[0].value:
         first, second = nearest[1]
         return "stop", f"further from real slices than {first} is from {second}"
     return (
         "warn",
-        "further from held-out slices than other real slices are, also through the VAE; nearer than the nearest other state",
+        "further from real slices than other real slices are, nearer than the nearest other state",
     )
 
 
 def _nearest_state(
     held_out: Seen, naming: Naming, draws: int, seed: int
 ) -> tuple[Interval, tuple[str, str], int] | None:
-    """Return the smallest distance between two states, axis by axis at equal numbers, with their names and tiles a side."""
+    """Return the smallest distance between two states at equal numbers per axis, their names and tiles a side."""
     found: tuple[Interval, tuple[str, str], int] | None = None
     for first, second in combinations(np.unique(held_out.truth["state"]), 2):
         sides = [held_out.take(np.flatnonzero(held_out.truth["state"] == state)) for state in (first, second)]

@@ -1,7 +1,8 @@
 """A small network that reads state and axis off a tile of a slice.
 
-State, specimen and scan are one and the same in most campaigns, so grey level would be a perfect shortcut. Training takes it away:
-two tiles in five get the histogram of another tile, whatever its state, two a random monotone curve; blur and noise follow.
+State, specimen and scan are one and the same in most campaigns, so grey level would be a perfect shortcut. Training
+takes it away: two tiles in five get the histogram of another tile, whatever its state, two a random monotone curve;
+blur and noise follow.
 
 Letters: N tiles, h x w pixels, S states, A axes, F features.
 """
@@ -9,6 +10,7 @@ Letters: N tiles, h x w pixels, S states, A axes, F features.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -52,7 +54,7 @@ class SliceClassifier(nn.Module):
                     nn.BatchNorm2d(after),
                     nn.ReLU(),
                 )
-                for before, after in zip(channels, channels[1:], strict=False)
+                for before, after in pairwise(channels)
             )
         )
         self.state_head = nn.Linear(2 * WIDTHS[-1], num_states)
@@ -130,7 +132,8 @@ def read_slices(model: SliceClassifier, tiles: NDArray[np.uint8], *, batch_size:
 def augment(tiles: Tensor, generator: torch.Generator) -> Tensor:
     """Return tiles (N, h, w) in [0, 1] flipped, with grey levels that say nothing, then blurred and noisy, at random.
 
-    Never turned by 90 degrees: the rows of a warp or weft slice run along the thickness, and that is what the axis head reads.
+    Never turned by 90 degrees: the rows of a warp or weft slice run along the thickness, and that is what the axis
+    head reads.
     """
 
     def drawn(*shape: int) -> Tensor:
@@ -149,7 +152,7 @@ def augment(tiles: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def give_histogram(tiles: Tensor, donors: Tensor, generator: torch.Generator) -> Tensor:
-    """Return tiles (N, h, w) that keep the order of their pixels and take the grey values of ``donors`` (N, h, w), exactly.
+    """Return tiles (N, h, w) with their own order of pixels and exactly the grey values of ``donors`` (N, h, w).
 
     Equal pixels are ordered by chance, so that no trace of the tile's own levels is left.
     """

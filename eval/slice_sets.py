@@ -5,20 +5,23 @@ A tile's block is the slab of neighbouring slices it was cut from, or the seed i
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from configs.errors import InputError, NothingLeftError
-from data_prep.manifest import METADATA_NAME, SliceRow, is_inside, read_records, read_rows
+from data_prep.manifest import MANIFEST_NAME, METADATA_NAME, SliceRow, is_inside, read_manifest, read_records, read_rows
 from eval.features import Cut, tile_corners
 from prompts.captions import all_captions, parse_caption
 from prompts.vocabulary import Vocabulary
 
 SLAB_SLICES = 24
-"""Neighbouring slices that count as one block; some three correlation lengths of a weave of 8 to 10 slices."""
+"""Neighbouring slices that count as one block, where the manifest gives no correlation length of the volume."""
+CORRELATION_LENGTHS = 3
+"""Slices this many correlation lengths apart count as independent."""
 ASIDE_EVERY = 4
-"""Of the training blocks of a caption, every so manieth is kept from the classifier, for the real-against-real floor."""
+"""Of so many training blocks of a caption, one is kept from the classifier, for the real-against-real floor."""
 RECORDS_NAME = "records.jsonl"
 
 
@@ -71,6 +74,7 @@ class RealSlices:
         validation: rows of the held-out split; empty if the dataset has none.
         states: states of the training rows, in the vocabulary's order.
         axes: axes of the training rows, in the vocabulary's order.
+        slabs: volume -> neighbouring slices that count as one block; those missing have the default.
     """
 
     folder: Path
@@ -78,6 +82,7 @@ class RealSlices:
     validation: tuple[SliceRow, ...]
     states: tuple[str, ...]
     axes: tuple[str, ...]
+    slabs: dict[str, int]
 
     @property
     def shortest_side(self) -> int:
@@ -113,6 +118,7 @@ def read_real(folder: Path, vocabulary: Vocabulary) -> RealSlices:
         validation=tuple(validation),
         states=tuple(state for state in vocabulary.states if any(row.state == state for row in train)),
         axes=tuple(axis for axis in vocabulary.axes if any(row.axis == axis for row in train)),
+        slabs=_slabs(folder),
     )
 
 
@@ -149,7 +155,7 @@ def read_generated(folder: Path, real: RealSlices, vocabulary: Vocabulary) -> Ge
     if not pictures:
         first = f" (the first: '{other[0]}')" if other else ""
         raise NothingLeftError(
-            f"--generated {folder}: none of {len(other)} pictures was asked for with a caption of {real.folder}{first}; "
+            f"--generated {folder}: none of {len(other)} prompts is a caption of {real.folder}{first}; "
             f"generate with prompts such as '{all_captions(vocabulary)[0]}'"
         )
     return Generated(
@@ -163,10 +169,10 @@ def read_generated(folder: Path, real: RealSlices, vocabulary: Vocabulary) -> Ge
 def real_cuts(real: RealSlices, tile: int) -> RealCuts:
     """Return every tile of the dataset, by use.
 
-    Without a validation split, the blocks set aside stand in for the held-out ones as well, half each: the numbers can then be
-    computed, but not trusted, since neighbouring slices may sit on both sides.
+    Without a validation split, the blocks set aside stand in for the held-out ones as well, half each: the numbers
+    can then be computed, but not trusted, since neighbouring slices may sit on both sides.
     """
-    train = _cuts_of(real.folder / "train", real.train, tile)
+    train = _cuts_of(real, "train", real.train, tile)
     by_label: dict[tuple[str, str], list[str]] = {}
     for cut in train:
         blocks = by_label.setdefault(cut.label, [])
@@ -175,7 +181,7 @@ def real_cuts(real: RealSlices, tile: int) -> RealCuts:
     aside = {block for blocks in by_label.values() for block in sorted(blocks)[1::ASIDE_EVERY]}
     learning, kept = [cut for cut in train if cut.block not in aside], [cut for cut in train if cut.block in aside]
     if real.validation:
-        held_out = _cuts_of(real.folder / "validation", real.validation, tile)
+        held_out = _cuts_of(real, "validation", real.validation, tile)
     else:
         kept, held_out = kept[::2], kept[1::2]
     return RealCuts(learning=tuple(learning), aside=tuple(kept), held_out=tuple(held_out))
@@ -192,16 +198,29 @@ def generated_cuts(pictures: Sequence[Picture], tile: int) -> list[Cut]:
     ]
 
 
-def _cuts_of(folder: Path, rows: Sequence[SliceRow], tile: int) -> list[Cut]:
+def _cuts_of(real: RealSlices, split: str, rows: Sequence[SliceRow], tile: int) -> list[Cut]:
     """Return every tile of the rows; slabs are counted in slices of the volume."""
     return [
         Cut(
-            path=folder / row.file_name,
+            path=real.folder / split / row.file_name,
             row=top,
             column=left,
             label=(row.state, row.axis),
-            block=f"{row.volume} {row.axis} {row.index // SLAB_SLICES:04d}",
+            block=f"{row.volume} {row.axis} {row.index // real.slabs.get(row.volume, SLAB_SLICES):04d}",
         )
         for row in rows
         for top, left in tile_corners(row.height, row.width, tile)
     ]
+
+
+def _slabs(folder: Path) -> dict[str, int]:
+    """Return how many slices of each volume make a block, where its manifest knows the correlation length."""
+    if not (folder / MANIFEST_NAME).is_file():
+        return {}
+    volumes = read_manifest(folder).get("volumes")
+    slabs = {}
+    for volume in volumes if isinstance(volumes, list) else []:
+        length = (volume.get("split") or {}).get("correlation_length") if isinstance(volume, dict) else None
+        if isinstance(length, int | float) and length > 0:
+            slabs[str(volume.get("name"))] = math.ceil(CORRELATION_LENGTHS * length)
+    return slabs

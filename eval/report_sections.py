@@ -1,0 +1,414 @@
+"""From results to what the page shows: verdicts, dataset, samples, curve, tables; plain values for the template."""
+
+from __future__ import annotations
+
+import importlib.util
+import io
+import math
+import shlex
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from eval.report_inputs import Folder, Pictures, Run, data_uri, part, read_json
+from eval.results import Result, Verdict
+from eval.verdicts import worst
+
+WORDS: dict[Verdict, str] = {"ok": "in order", "warn": "look closer", "stop": "stop", "grey": "not measured"}
+KINDS = {"real": "real, held out", "vae": "through the VAE", "generated": "generated"}
+DRIFT_METRICS = {
+    "retention": "kept",
+    "leak": "leaked pictures",
+    "colourfulness_ratio": "colour",
+    "luminance_ratio": "brightness",
+    "divergence_ratio": "moved",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Question:
+    """One box of the verdict strip.
+
+    Attributes:
+        title: what it is called.
+        text: the question in words.
+        module: the command that answers it.
+        metrics: beginnings of the metrics that count; empty for all.
+    """
+
+    title: str
+    text: str
+    module: str
+    metrics: tuple[str, ...] = ()
+
+
+QUESTIONS = (
+    Question(
+        title="Fidelity", text="Do generated slices look like real ones?", module="eval.fidelity", metrics=("kid",)
+    ),
+    Question(
+        title="Prompt",
+        text="Do they show what was asked for?",
+        module="eval.fidelity",
+        metrics=("agreement_", "accuracy_"),
+    ),
+    Question(title="Drift", text="Did the model forget what it knew?", module="eval.drift"),
+    Question(title="Memorisation", text="Are they copies of training slices?", module="eval.memorization"),
+)
+
+
+def verdict_boxes(folders: Sequence[Folder], run: Run | None) -> list[dict[str, str]]:
+    """Return the four boxes of the strip."""
+    return [_box(question, folders, run) for question in QUESTIONS]
+
+
+def _box(question: Question, folders: Sequence[Folder], run: Run | None) -> dict[str, str]:
+    """Judge one question by the worst row that was judged."""
+    rows = [row for folder in folders if folder.module == question.module for row in folder.rows]
+    if question.metrics:
+        rows = [row for row in rows if row.metric.startswith(question.metrics)]
+    box = {"title": question.title, "text": question.text, "command": ""}
+    if not rows:
+        verdict: Verdict = "grey"
+        reason = f"No results of {question.module} were given."
+        if importlib.util.find_spec(question.module) is None:
+            reason = "This version has no command for it yet."
+        else:
+            box["command"] = suggestion(question.module, folders, run)
+    else:
+        verdict = worst([row.verdict for row in rows])
+        reason = _why(rows, verdict)
+    return {**box, "verdict": verdict, "word": WORDS[verdict], "reason": reason}
+
+
+def _why(rows: Sequence[Result], verdict: Verdict) -> str:
+    """Return the reason of the rows that decided, those over everything before those of one prompt."""
+    deciding = [row for row in rows if row.verdict == verdict and not row.reason.startswith(("reference", "A/A"))]
+    deciding.sort(key=lambda row: (row.metric != "worst_prompt", bool(row.prompt)))
+    reasons = dict.fromkeys(
+        f"{row.metric.replace('_', ' ')}{_number(row)}: {row.reason}" if row.value is not None else row.reason
+        for row in deciding
+        if row.reason
+    )
+    if not reasons:
+        return {"ok": "All numbers are within their limits.", "grey": "Nothing could be judged."}.get(verdict, "")
+    most = 1 if verdict == "grey" else 2
+    more = f" (and {len(reasons) - most} more)" if len(reasons) > most else ""
+    return "; ".join(list(reasons)[:most]) + more + "."
+
+
+def _number(row: Result) -> str:
+    """Write the value of a row for a sentence."""
+    return f" {row.value:.2f}" if row.value is not None else ""
+
+
+def suggestion(module: str, folders: Sequence[Folder], run: Run | None) -> str:
+    """Return the command that would fill a grey box, with the paths that are known."""
+    generated = next((str(folder.path) for folder in folders if folder.module == "eval.generate"), "out/slices")
+    run_path = str(run.path) if run else "runs/lora"
+    settings = run.settings if run else {}
+    train = Path(str(settings.get("train_data_dir", "data/weave/train")))
+    real = str(train.parent if train.name == "train" else train)
+    model = str(settings.get("pretrained_model_name_or_path", "assets/tiny-sd"))
+    words = {
+        "eval.fidelity": ["--real", real, "--generated", generated, "--output_dir", "out/fidelity"],
+        "eval.drift": ["--pretrained_model_name_or_path", model, "--adapter", run_path, "--output_dir", "out/drift"],
+        "eval.memorization": ["--real", real, "--generated", generated, "--output_dir", "out/memorization"],
+    }[module]
+    return f"python -m {module} {shlex.join(words)}"
+
+
+def dataset_box(found: tuple[Path, Mapping[str, Any]] | None) -> dict[str, Any] | None:
+    """Return the volumes, counts, windows and split of a dataset."""
+    if found is None:
+        return None
+    folder, manifest = found
+    counts = part(manifest, "counts")
+    volumes = [_volume(volume) for volume in manifest.get("volumes") or () if isinstance(volume, dict)]
+    totals = {name: sum(n for n in split.values() if isinstance(n, int)) for name, split in counts.items()}
+    states = [volume["state"] for volume in volumes]
+    notes = []
+    if volumes and len(set(states)) == len(states):
+        notes.append(
+            "One volume per state: state, specimen and scan cannot be told apart, and nothing here says how the model "
+            "does on another part."
+        )
+    if not totals.get("validation"):
+        notes.append("No held-out region: leaks between training and checking are not excluded.")
+    cells = sorted({cell for split in counts.values() if isinstance(split, dict) for cell in split})
+    table = [(cell, *(part(counts, name).get(cell, 0) for name in totals)) for cell in cells]
+    options = part(manifest, "options")
+    cut = {name: options.get(name) for name in ("fit", "tile_size", "stride") if options.get(name) is not None}
+    return {
+        "folder": str(folder),
+        "volumes": volumes,
+        "splits": list(totals),
+        "totals": totals,
+        "counts": table,
+        "notes": notes,
+        "cut": ", ".join(f"{name} {value}" for name, value in cut.items()),
+    }
+
+
+def _volume(volume: Mapping[str, Any]) -> dict[str, str]:
+    """Write one volume's entry of the manifest in words."""
+    window, split = part(volume, "window"), part(volume, "split")
+    voxel = volume.get("voxel_um")
+    low, high = window.get("low"), window.get("high")
+    regions = [f"{name} {_span(split[name])}" for name in ("train", "guard", "validation") if _span(split.get(name))]
+    return {
+        "name": str(volume.get("name", "")),
+        "state": str(volume.get("state", "")),
+        "shape": " x ".join(map(str, volume.get("shape") or ())),
+        "dtype": str(volume.get("dtype", "")),
+        "voxel": " x ".join(f"{size:g}" for size in voxel) + " um" if _numbers(voxel) else "unknown",
+        "window": f"{low:g} to {high:g}" if _numbers([low, high]) else "none",
+        "split": f"along {split.get('axis')}: {', '.join(regions)}" if regions else "none",
+        "length": f"{split['correlation_length']} voxels" if "correlation_length" in split else "unknown",
+        "sha256": str(volume.get("sha256", ""))[:12],
+    }
+
+
+def _span(value: object) -> str:
+    """Write a half-open range."""
+    return f"{value[0]}-{value[1]}" if _numbers(value) and isinstance(value, list) and len(value) == 2 else ""
+
+
+def _numbers(value: object) -> bool:
+    """Return whether this is a list of numbers."""
+    return isinstance(value, list) and bool(value) and all(isinstance(item, int | float) for item in value)
+
+
+def sample_cards(folders: Sequence[Folder], pictures: Pictures) -> dict[str, Any] | None:
+    """Return the strips of each caption: real, through the VAE, generated."""
+    for folder in folders:
+        overview = read_json(folder.path / "overview.json")
+        if not isinstance(overview.get("captions"), list):
+            continue
+        cards = []
+        for entry in overview["captions"]:
+            files = part(entry, "files") if isinstance(entry, dict) else {}
+            strips = [
+                {"kind": words, "uri": pictures.embed(folder.path, str(files[kind])) if kind in files else ""}
+                for kind, words in KINDS.items()
+            ]
+            cards.append({"caption": str(entry.get("caption", "")), "strips": strips})
+        return {"cards": cards, "tile_px": overview.get("tile_px")}
+    return None
+
+
+def contact_sheet(folders: Sequence[Folder], pictures: Pictures) -> str:
+    """Return the sheet of the generated folder, for a report without a fidelity check."""
+    for folder in folders:
+        if folder.module == "eval.generate":
+            return pictures.embed(folder.path, "contact_sheet.png")
+    return ""
+
+
+def confusion_tables(folders: Sequence[Folder]) -> list[dict[str, Any]]:
+    """Return the tables of both heads, held-out real and generated, as rows of cells with count and share."""
+    tables = []
+    for folder in folders:
+        confusion = part(read_json(folder.path / "overview.json"), "confusion")
+        for head, content in confusion.items():
+            names = [str(name) for name in content.get("names", ())]
+            for key, title in (("held_out", "held-out real"), ("generated", "generated")):
+                counts = np.asarray(content.get(key, []), dtype=float)
+                if counts.shape != (len(names), len(names)):
+                    continue
+                shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
+                rows = [
+                    {
+                        "name": name.replace("_", " "),
+                        "cells": [
+                            {"count": int(count), "share": round(float(share), 3), "on": i == j}
+                            for j, (count, share) in enumerate(zip(counts[i], shares[i], strict=True))
+                        ],
+                    }
+                    for i, name in enumerate(names)
+                ]
+                columns = [name.replace("_", " ") for name in names]
+                asked = "is" if key == "held_out" else "asked for"
+                tables.append({"title": f"{head}, {title}", "names": columns, "rows": rows, "asked": asked})
+    return tables
+
+
+def fidelity_table(folders: Sequence[Folder]) -> dict[str, list[dict[str, str]]]:
+    """Return the numbers over all captions, and those of each caption."""
+    rows = [row for folder in folders if folder.module == "eval.fidelity" for row in folder.rows]
+    return {
+        "whole": [line(row) for row in rows if not row.prompt],
+        "captions": [line(row) for row in rows if row.prompt],
+    }
+
+
+def line(row: Result) -> dict[str, str]:
+    """Write a row for a table."""
+    digits = 3 if row.unit != "ratio" else 2
+    interval = f"{row.low:.{digits}f} to {row.high:.{digits}f}" if row.low is not None and row.high is not None else ""
+    effective = f" ({row.n_eff:g} independent)" if row.n_eff is not None else ""
+    return {
+        "metric": row.metric.replace("_", " "),
+        "set": row.set.replace("_", " "),
+        "prompt": row.prompt,
+        "value": f"{row.value:.{digits}f}" if row.value is not None else "-",
+        "interval": interval,
+        "floor": f"{row.floor:.{digits}f}" if row.floor is not None else "",
+        "n": f"{row.n}{effective}" if row.n else "",
+        "verdict": row.verdict,
+        "word": "reference" if row.reason.startswith(("reference", "A/A")) else WORDS[row.verdict],
+        "reason": row.reason,
+    }
+
+
+def drift_sections(folders: Sequence[Folder], pictures: Pictures) -> list[dict[str, Any]]:
+    """Return each drift check, set by set: scores beside the A/A band, base and tuned pictures."""
+    return [_drift(folder, pictures) for folder in folders if folder.module == "eval.drift"]
+
+
+def _drift(folder: Folder, pictures: Pictures) -> dict[str, Any]:
+    """Lay out one drift check."""
+    sets = dict.fromkeys(row.set for row in folder.rows if row.set not in {"", "control", "captions"})
+    overall = next((row for row in folder.rows if row.metric == "worst_prompt"), None)
+    return {
+        "path": str(folder.path),
+        "overall": line(overall) if overall else None,
+        "controls": [line(row) for row in folder.rows if row.set == "control"],
+        "unmeasured": [row.reason for row in folder.rows if row.metric == "leak" and row.value is None and not row.set],
+        "sets": [_drift_set(folder, name, pictures) for name in sets],
+        "names": DRIFT_METRICS,
+    }
+
+
+def _drift_set(folder: Folder, name: str, pictures: Pictures) -> dict[str, Any]:
+    """Lay out one probe set: a line for the whole, a card per prompt."""
+    rows = [row for row in folder.rows if row.set == name]
+    bands = {row.metric.removesuffix("_aa"): row for row in rows if row.metric.endswith("_aa")}
+    prompts = dict.fromkeys(row.prompt for row in rows if row.prompt)
+    own = [row for row in rows if not row.prompt and not row.metric.endswith("_aa")]
+    return {
+        "name": name,
+        "verdict": worst([row.verdict for row in own]),
+        "word": WORDS[worst([row.verdict for row in own])],
+        "scores": [_score(row, bands.get(row.metric)) for row in own if row.metric in DRIFT_METRICS],
+        "cards": [_probe(folder, name, prompt, rows, pictures) for prompt in prompts],
+    }
+
+
+def _probe(folder: Folder, name: str, prompt: str, rows: Sequence[Result], pictures: Pictures) -> dict[str, Any]:
+    """Lay out one probe."""
+    own = [row for row in rows if row.prompt == prompt]
+    shown = {"base": [], "tuned": []}  # type: dict[str, list[str]]
+    for record in folder.records:
+        asked = record.get("prompt") or "(empty prompt)"
+        model = str(record.get("model"))
+        if record.get("set") == name and asked == prompt and model in shown and len(shown[model]) < 2:
+            shown[model].append(pictures.embed(folder.path, str(record.get("file_name"))))
+    verdict = worst([row.verdict for row in own])
+    return {
+        "prompt": prompt,
+        "verdict": verdict,
+        "word": WORDS[verdict],
+        "scores": [_score(row, None) for row in own if row.metric in DRIFT_METRICS],
+        "pictures": {model: [uri for uri in uris if uri] for model, uris in shown.items()},
+    }
+
+
+def _score(row: Result, band: Result | None) -> dict[str, str]:
+    """Write one drift score with its A/A band, or with the floor of its prompt."""
+    written = line(row)
+    beside = f"A/A {band.low:.2f} to {band.high:.2f}" if band and band.low is not None and band.high is not None else ""
+    value = f"{row.value:.2f}" if row.value is not None else "-"
+    aside = beside or (f"A/A {row.floor:.2f}" if row.floor is not None and row.value is not None else "")
+    return {**written, "name": DRIFT_METRICS[row.metric], "value": value, "beside": aside}
+
+
+def loss_curve(run: Run | None) -> dict[str, str] | None:
+    """Return the loss curve as an SVG address with a sentence for those who cannot see it."""
+    points = [
+        (record["step"], record["loss"])
+        for record in (run.metrics if run else ())
+        if isinstance(record.get("step"), int) and isinstance(record.get("loss"), int | float)
+    ]
+    points = [(step, loss) for step, loss in points if math.isfinite(float(str(loss)))]
+    if len(points) < 2:
+        return None
+    steps, losses = np.array(points, dtype=float).T
+    width = max(1, len(losses) // 12)
+    smooth = np.convolve(losses, np.ones(width) / width, mode="valid")
+    shifted = steps[width - 1 :] - (steps[width - 1 :] - steps[: len(smooth)]) / 2
+    text = (
+        f"Loss over {int(steps[-1])} steps, logged {len(losses)} times: mean of the first "
+        f"{width} {losses[:width].mean():.4f}, of the last {width} {losses[-width:].mean():.4f}."
+    )
+    return {"uri": data_uri("image/svg+xml", _draw_curve(steps, losses, shifted, smooth, width)), "text": text}
+
+
+def _draw_curve(steps: Any, losses: Any, shifted: Any, smooth: Any, width: int) -> bytes:
+    """Draw the logged losses and their running mean."""
+    import matplotlib as mpl
+    from matplotlib.backends.backend_svg import FigureCanvasSVG
+    from matplotlib.figure import Figure
+
+    style = {
+        "svg.fonttype": "none",
+        "svg.hashsalt": "loss",
+        "font.size": 10,
+        "axes.edgecolor": "#9a9a95",
+        "text.color": "#33363b",
+        "axes.labelcolor": "#33363b",
+        "xtick.color": "#5c6066",
+        "ytick.color": "#5c6066",
+    }
+    with mpl.rc_context(style):
+        figure = Figure(figsize=(7.2, 2.9), layout="constrained")
+        FigureCanvasSVG(figure)
+        axes = figure.add_subplot()
+        axes.plot(steps, losses, color="#a9bfd4", linewidth=1, label="logged")
+        axes.plot(shifted, smooth, color="#1f4e79", linewidth=1.8, label=f"mean of {width}")
+        axes.set_xlabel("step")
+        axes.set_ylabel("loss")
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.grid(axis="y", color="#e4e3de", linewidth=0.8)
+        axes.legend(frameon=False, loc="upper right")
+        buffer = io.BytesIO()
+        figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None}, transparent=True)
+    # Text is laid out with the font matplotlib brings along, and shown in the page's own.
+    return buffer.getvalue().replace(b"'DejaVu Sans'", b"system-ui, 'Segoe UI', Arial")
+
+
+def appendix(run: Run | None, folders: Sequence[Folder]) -> list[dict[str, Any]]:
+    """Return, for the run and each folder, the command that gives it again and its settings."""
+    entries = []
+    if run:
+        config = shlex.quote(str(run.path / "config.yaml"))
+        script = {"lora": "finetune/lora.py"}.get(str(run.provenance.get("method", "lora")), "finetune/lora.py")
+        again = f"accelerate launch {script} --config {config} --output_dir {shlex.quote(str(run.path) + '-again')}"
+        entries.append({"title": f"Training run {run.path}", "command": again, "settings": _flat(run.settings)})
+        if run.environment:
+            entries.append({"title": "Environment of the run", "command": "", "settings": _flat(run.environment)})
+    for folder in folders:
+        command = folder.rows[0].command if folder.rows else ""
+        if not command and folder.module:
+            command = f"python -m {folder.module} --config {shlex.quote(str(folder.path / 'config.yaml'))} --overwrite"
+        hashes = folder.rows[0].hashes if folder.rows else {}
+        settings = _flat(folder.settings) + [(f"hash of {name}", value) for name, value in hashes.items()]
+        entries.append(
+            {"title": f"{folder.module or 'results'} in {folder.path}", "command": command, "settings": settings}
+        )
+    return entries
+
+
+def _flat(settings: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Return settings as pairs of text, inner mappings with dotted names."""
+    pairs: list[tuple[str, str]] = []
+    for name, value in settings.items():
+        if isinstance(value, dict):
+            pairs += [(f"{name}.{inner}", text) for inner, text in _flat(value)]
+        else:
+            text = ", ".join(map(str, value)) if isinstance(value, list) else str(value)
+            pairs.append((str(name), text if len(text) <= 2000 else text[:2000] + " ..."))
+    return pairs
