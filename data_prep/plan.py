@@ -1,10 +1,9 @@
-"""Cut volumes into captioned slices of three directions: a training folder, split without leaks and verified.
+"""What is cut from which volume: settings, grey levels, split, slices and tiles, before anything is written.
 
     python -m data_prep.slice --volumes dry=dry.tif dry_compacted=dc.tif injected=inj.tif --output_dir data/weave
 
 A slice is named by the direction it is perpendicular to: thickness slices show warp and weft (Y, X), warp slices show
-thickness and weft (Z, X), weft slices show thickness and warp (Z, Y); rows first. This module holds the settings and
-decides what is cut from which volume, before anything is written.
+thickness and weft (Z, X), weft slices show thickness and warp (Z, Y); rows first.
 """
 
 from __future__ import annotations
@@ -264,7 +263,7 @@ def _state_and_path(text: str, words: Vocabulary) -> tuple[str, Path]:
         caption(state, AXES[0], words)
     except UsageError as error:
         raise UsageError(f"--volumes {text}: {error}") from None
-    return state, Path(path)
+    return state, Path(path).expanduser()  # no shell expands a ~ after state=
 
 
 def _names(pairs: Sequence[tuple[str, Path]]) -> list[str]:

@@ -206,7 +206,7 @@ def _counts_text(entries: Sequence[Mapping[str, Any]], rows: Mapping[str, Sequen
         lines.append(f"  {state:<14} {axis:<10} {numbers}")
     num_blank = sum(one["num_blank_pictures"] for one in entries)
     num_same = sum(sum(one["num_near_duplicate_slices"].values()) for one in entries)
-    lines.append(f"kept all the same: {num_blank} blank pictures, {num_same} slices like their neighbour")
+    lines.append(f"nothing was dropped: {num_blank} blank pictures and {num_same} slices like their neighbour are kept")
     return "\n".join(lines)
 
 

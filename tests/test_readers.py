@@ -142,6 +142,20 @@ def test_an_unsuitable_file_is_refused_in_one_line_that_names_it(tmp_path: Path,
     assert "\n" not in str(caught.value)
 
 
+def test_a_volume_spread_over_files_is_refused(tmp_path: Path) -> None:
+    names = [f"urn:uuid:{number:08d}-0000-0000-0000-000000000000" for number in range(2)]
+    parts = [f'<TiffData FirstZ="{z}"><UUID FileName="{z}.ome.tif">{names[z]}</UUID></TiffData>' for z in (0, 1)]
+    pixels = '<Pixels ID="Pixels:0" DimensionOrder="XYZCT" Type="uint16" '
+    pixels += 'SizeX="24" SizeY="20" SizeZ="2" SizeC="1" SizeT="1">'
+    for z, name in enumerate(names):
+        ome = f'<OME xmlns="http://www.openmicroscopy.org/Schemas/OME/2016-06" UUID="{name}"><Image ID="Image:0">'
+        text = f"{ome}{pixels}{''.join(parts)}</Pixels></Image></OME>"
+        path = tmp_path / f"{z}.ome.tif"
+        tifffile.imwrite(path, VOLUME[z], photometric="minisblack", metadata=None, description=text)
+    with pytest.raises(InputError, match="one of several files"):
+        open_volume(tmp_path / "0.ome.tif")
+
+
 def test_a_claimed_size_costs_no_memory(tmp_path: Path) -> None:
     WRITERS["one block"](tmp_path / "a.tif")
     with tifffile.TiffFile(tmp_path / "a.tif") as file:

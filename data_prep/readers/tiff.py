@@ -144,6 +144,8 @@ def _volume_pages(path: Path, tif: tifffile.TiffFile) -> Sequence[Any]:
         )
     if keyframe.photometric == tifffile.PHOTOMETRIC.PALETTE:
         raise InputError(f"{path}: holds palette pictures, whose values are not grey levels; save it again as grey")
+    if any(one.is_multifile for one in series):
+        raise InputError(f"{path}: is one of several files of a volume; save the volume as a single file")
     if keyframe.is_volumetric:
         raise InputError(f"{path}: is stored in three-dimensional tiles, which are not read; save it as plain pages")
     if len({(one.keyframe.imagelength, one.keyframe.imagewidth, one.dtype) for one in series}) > 1:
