@@ -11,6 +11,7 @@ Saves   pytorch_lora_weights.safetensors, for diffusers' load_lora_weights().
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from configs.load import command
 from finetune.core.config import (
@@ -22,6 +23,10 @@ from finetune.core.config import (
     PreviewConfig,
     TrainConfig,
 )
+
+if TYPE_CHECKING:
+    from finetune.core.batches import CaptionedImage
+    from finetune.core.run import Run
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,21 +44,32 @@ class LoraRun:
 
 def main(config: LoraRun) -> None:
     """Train the adapters and save them."""
+    from finetune.core.batches import data_hash, read_images
+    from finetune.core.models import LORA_FILE, check_folder
+    from finetune.core.run import start_run
+
+    images = read_images(config.images, config.train.seed or 0)
+    check_folder(config.model.pretrained_model_name_or_path)
+    with start_run(
+        config, config.train, num_images=len(images), data_hash=data_hash(images), weights_file=LORA_FILE
+    ) as run:
+        train_lora(run, config, images)
+
+
+def train_lora(run: Run, config: LoraRun, images: list[CaptionedImage]) -> None:
+    """Train on images that passed the checks, in a run that was opened."""
     from functools import partial
 
-    from finetune.core.batches import captioned_batches, data_hash, data_provenance, read_images
+    from finetune.core.batches import captioned_batches, data_provenance
     from finetune.core.loop import train
-    from finetune.core.models import LORA_FILE, Denoiser, load_models, model_hash
+    from finetune.core.models import Denoiser, load_models, model_provenance
     from finetune.core.noise import from_scheduler
     from finetune.core.objective import denoising_loss
     from finetune.core.optimizer import base_learning_rate
-    from finetune.core.previews import is_due, render
-    from finetune.core.run import start_run
+    from finetune.core.previews import Previews
     from finetune.core.trainable import lora_adapters
     from finetune.core.weights import save_lora
 
-    images = read_images(config.images, config.train.seed or 0)
-    run = start_run(config, config.train, num_images=len(images), data_hash=data_hash(images), weights_file=LORA_FILE)
     device = run.accelerator.device
     source = config.model
     models = load_models(
@@ -71,29 +87,22 @@ def main(config: LoraRun) -> None:
     if config.train.gradient_checkpointing:
         models.unet.enable_gradient_checkpointing()
     loss = partial(denoising_loss, schedule=schedule, snr_gamma=config.objective.snr_gamma)
+    previews = Previews(models, config.previews, run, size=batches.size, steps_per_epoch=batches.steps_per_epoch)
     run.say(
-        f"LoRA: {learns.num_weights:,} weights learn, {len(images)} images, {run.total_steps} steps of "
+        f"LoRA: {learns.num_weights:,} weights learn from {len(images)} images in {run.total_steps} steps of "
         f"{config.train.train_batch_size} x {config.train.gradient_accumulation_steps} images, seed {run.seed}"
     )
 
-    due = partial(is_due, config.previews, total=run.total_steps, steps_per_epoch=batches.steps_per_epoch)
-    preview = partial(render, models, config.previews, run, size=batches.size)
-    if run.is_main and run.checkpoint is None and due(0):
-        run.show(preview(), 0)
+    if run.checkpoint is None:
+        previews.show(0)
     for step in train(run, Denoiser(models.text_encoder, models.unet), learns, batches, loss, config.train):
         run.log(step)
-        if run.is_main and due(step.number):
-            run.show(preview(), step.number)
+        previews.show(step.number)
 
     if run.is_main:
         provenance = {
             "method": "lora",
-            "base_model": {
-                "name": source.pretrained_model_name_or_path,
-                "hash": model_hash(
-                    source.pretrained_model_name_or_path, revision=source.revision, cache_dir=source.cache_dir
-                ),
-            },
+            "base_model": model_provenance(models, source.revision, source.cache_dir),
             **data_provenance(images, config.images),
             "config_hash": run.config_hash,
             "height": batches.size,
@@ -101,11 +110,10 @@ def main(config: LoraRun) -> None:
             "scheduler": {**models.scheduler.config, "prediction_type": schedule.prediction_type},
             "steps": run.total_steps,
         }
-        save_lora(run.folder, models, provenance)
-    run.finish(
-        f"saved {run.folder / LORA_FILE}; next:\n  python -m eval.generate --pretrained_model_name_or_path "
-        f'{source.pretrained_model_name_or_path} --adapter {run.folder} --prompts "{images[0].caption}" '
-        f"--num_images 4 --seed 0 --output_dir {run.folder}-slices"
+        run.say(f"saved {save_lora(run.folder, models, provenance)}; next:")
+    run.say(
+        f"  python -m eval.generate --pretrained_model_name_or_path {models.name} --adapter {run.folder} "
+        f'--prompts "{images[0].caption}" --num_images 4 --seed 0 --output_dir {run.folder}-slices'
     )
 
 

@@ -40,7 +40,7 @@ def make_batches(toy_sd: Path, captioned_images: Path, tmp_path: Path) -> MakeBa
             models = load_models(str(toy_sd))
             return captioned_batches(found, models, config, NoiseConfig(), run, num_timesteps=1000)
         finally:
-            run.finish("")
+            run.__exit__()
 
     return make
 

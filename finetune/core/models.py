@@ -97,7 +97,7 @@ def load_models(
     quiet_libraries()
     from diffusers import StableDiffusionPipeline
 
-    _check_local_folder(name_or_path)
+    check_folder(name_or_path)
     try:
         pipeline = StableDiffusionPipeline.from_pretrained(
             name_or_path,
@@ -129,8 +129,12 @@ def load_models(
     return models
 
 
-def _check_local_folder(name_or_path: str) -> None:
-    """Refuse a path that is no diffusers folder before a library looks for it on the hub."""
+def check_folder(name_or_path: str) -> None:
+    """Refuse a path that is no folder in diffusers' format, before a library looks for it on the hub.
+
+    Raises:
+        UsageError: what is missing there.
+    """
     path = Path(name_or_path)
     if path.is_file():
         raise UsageError(
@@ -311,3 +315,8 @@ def model_hash(name_or_path: str, *, revision: str | None = None, cache_dir: Pat
     for path in sorted(files):
         digest.update(f"{path.relative_to(folder).as_posix()}\0{file_hash(path)}\n".encode())
     return digest.hexdigest()
+
+
+def model_provenance(models: Models, revision: str | None = None, cache_dir: Path | None = None) -> dict[str, str]:
+    """Return what a weights file says about its base model: the name as typed, and the hash."""
+    return {"name": models.name, "hash": model_hash(models.name, revision=revision, cache_dir=cache_dir)}

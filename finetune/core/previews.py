@@ -2,36 +2,46 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from dataclasses import KW_ONLY, dataclass
 
 from finetune.core.config import PreviewConfig
 from finetune.core.models import Models
 from finetune.core.run import Run
 
-if TYPE_CHECKING:
-    from PIL.Image import Image
 
+@dataclass(frozen=True)
+class Previews:
+    """Pictures of every prompt (rows) with the seeds 0, 1, ... (columns), from the models as they stand.
 
-def is_due(config: PreviewConfig, step: int, *, total: int, steps_per_epoch: int) -> bool:
-    """Tell whether a picture follows this step: at the set interval, before the first step and after the last."""
-    every = config.validation_steps or config.validation_epochs * steps_per_epoch
-    return bool(config.validation_prompt) and (step % every == 0 or step == total)
-
-
-def render(models: Models, config: PreviewConfig, run: Run, *, size: int) -> Image:
-    """Render every prompt with the seeds 0, 1, ...: a row a prompt. Training's own draws are not touched.
-
-    Args:
-        models: as they stand, adapters included.
-        config: prompts and pictures a prompt.
-        run: for its autocast.
+    Attributes:
+        models: adapters included.
+        config: prompts, pictures a prompt, and how often.
+        run: for its folder, its trackers and its autocast.
         size: side of the pictures, px.
+        steps_per_epoch: for an interval in epochs.
     """
-    from eval.config import SamplingConfig
-    from eval.sampling import contact_sheet, sample
 
-    requests = [(prompt, seed) for prompt in config.validation_prompt for seed in range(config.num_validation_images)]
-    with run.accelerator.autocast():
-        images = sample(models, requests, SamplingConfig(height=size, width=size))
-    rows, columns = len(config.validation_prompt), config.num_validation_images
-    return contact_sheet(images, rows, columns, labels=config.validation_prompt)
+    models: Models
+    config: PreviewConfig
+    run: Run
+    _: KW_ONLY
+    size: int
+    steps_per_epoch: int
+
+    def show(self, step: int) -> None:
+        """Render and keep the pictures, if they are due after this step; training's own draws are not touched.
+
+        They are due before the first step, at the set interval, and after the last step.
+        """
+        every = self.config.validation_steps or self.config.validation_epochs * self.steps_per_epoch
+        is_due = step % every == 0 or step == self.run.total_steps
+        if not (self.run.is_main and self.config.validation_prompt and is_due):
+            return
+        from eval.config import SamplingConfig
+        from eval.sampling import contact_sheet, sample
+
+        prompts, count = self.config.validation_prompt, self.config.num_validation_images
+        requests = [(prompt, seed) for prompt in prompts for seed in range(count)]
+        with self.run.accelerator.autocast():
+            pictures = sample(self.models, requests, SamplingConfig(height=self.size, width=self.size))
+        self.run.show(contact_sheet(pictures, len(prompts), count, labels=prompts), step)

@@ -48,7 +48,7 @@ _WITHOUT_EFFECT = CHANGEABLE - {"max_train_steps", "num_train_epochs"}
 
 @dataclass(kw_only=True)
 class Run:
-    """A run in progress.
+    """A run in progress, for a ``with`` block.
 
     Attributes:
         folder: the run folder, locked until the process ends.
@@ -104,13 +104,13 @@ class Run:
                 layout = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
                 tracker.log_images({"preview": np.asarray(picture)[None]}, step=step, **layout)
 
-    def finish(self, next_command: str) -> None:
-        """Close the trackers, free the folder, and say what to do next."""
+    def __enter__(self) -> Run:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Close the trackers and free the folder, however the run ended."""
         self.accelerator.end_training()
-        if self.lock is not None:
-            (self.folder / LOCK).unlink(missing_ok=True)
-            self.lock.close()
-        self.say(next_command)
+        _free(self.folder, self.lock)
 
 
 def start_run(config: object, train: TrainConfig, *, num_images: int, data_hash: str, weights_file: str) -> Run:
@@ -134,11 +134,27 @@ def start_run(config: object, train: TrainConfig, *, num_images: int, data_hash:
     accelerator = _make_accelerator(train, folder)
     threads = _set_threads(accelerator)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = train.allow_tf32
-    lock = None
-    if accelerator.is_main_process:
-        lock = _prepare_folder(folder, train, weights_file)
+    lock = _prepare_folder(folder, train, weights_file) if accelerator.is_main_process else None
     accelerator.wait_for_everyone()
+    try:
+        return _open_run(config, train, accelerator, lock, num_images, data_hash, weights_file, threads)
+    except BaseException:
+        _free(folder, lock)
+        raise
 
+
+def _open_run(
+    config: object,
+    train: TrainConfig,
+    accelerator: Accelerator,
+    lock: TextIO | None,
+    num_images: int,
+    data_hash: str,
+    weights_file: str,
+    threads: int,
+) -> Run:
+    """Compare the settings with those of the run in the folder, and bring the folder to where the run goes on."""
+    folder = train.output_dir
     saved = _read_yaml(folder / CONFIG)
     seed = _choose_seed(train, saved)
     settings = {**yaml.safe_load(yaml.safe_dump(configs.load.as_dict(config))), "seed": seed}
@@ -247,9 +263,13 @@ def _prepare_folder(folder: Path, train: TrainConfig, weights_file: str) -> Text
 
 def _lock(folder: Path) -> TextIO:
     """Hold the folder's lock; the system frees it when the process ends, however it ends."""
-    stream = (folder / LOCK).open("a+", encoding="utf-8")
+    path = folder / LOCK
+    stream = path.open("a+", encoding="utf-8")
     try:
         fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if not path.exists() or not os.path.samestat(path.stat(), os.fstat(stream.fileno())):
+            stream.close()  # its holder removed the file between our opening and locking it
+            return _lock(folder)
     except BlockingIOError:
         stream.seek(0)
         pid = stream.read().strip() or "unknown"
@@ -261,6 +281,15 @@ def _lock(folder: Path) -> TextIO:
     stream.write(f"{os.getpid()}\n")
     stream.flush()
     return stream
+
+
+def _free(folder: Path, lock: TextIO | None) -> None:
+    """Give the folder back; one in which nothing was written goes."""
+    if lock is not None:
+        (folder / LOCK).unlink(missing_ok=True)
+        lock.close()
+        if not any(folder.iterdir()):
+            folder.rmdir()
 
 
 def _choose_seed(train: TrainConfig, saved: dict[str, Any]) -> int:
