@@ -531,7 +531,7 @@ def write(config: PhantomConfig, *, workers: int = 1) -> dict[str, object]:
             every[name].unlink(missing_ok=True)
         for name, part in parts.items():
             part.replace(paths[name])
-    except (PermissionError, NotADirectoryError, FileExistsError) as error:
+    except (PermissionError, NotADirectoryError, FileExistsError, FileNotFoundError) as error:
         raise UsageError(f"--output {config.output}: cannot write there ({error.strerror})") from error
     except OSError as error:
         raise TisserandError(f"--output {config.output}: writing failed ({error.strerror or error})") from error
