@@ -46,7 +46,7 @@ class PretrainConfig:
     """Seed of weights and draws."""
     vae_channels: tuple[int, ...] = (32, 64, 96)
     """Channels per VAE level; every level but the last halves the size."""
-    vae_steps: int = 3200
+    vae_steps: int = 2400
     """Updates of the VAE; the first 3/4 on random quarter crops, which cost a quarter and hold the same detail."""
     vae_batch_size: int = 32
     """Crops per VAE update; a quarter of it once the pictures are whole."""
@@ -62,7 +62,7 @@ class PretrainConfig:
     """Layers of the text encoder."""
     vocab_size: int = 1024
     """Pieces of the tokenizer, 514 of them bytes and markers."""
-    max_train_steps: int = 5500
+    max_train_steps: int = 5000
     """Updates of text encoder and U-Net."""
     train_batch_size: int = 32
     """Pictures per update."""
