@@ -156,7 +156,7 @@ def _judge_accuracy(name: str, head: Head, value: float, classes: int) -> tuple[
         return "ok", "with one common histogram for all tiles: read from structure, not from grey level"
     where = "held-out real tiles" if name == "held_out" else "held-out real tiles after the VAE round trip"
     if value < ADMISSION:
-        return "warn", f"below {ADMISSION:.2f} on {where}: the {head} head is not believed"
+        return "grey", f"below {ADMISSION:.2f} on {where}: the {head} head is not believed"
     return "ok", f"at least {ADMISSION:.2f} on {where}: the {head} head is believed"
 
 
@@ -190,6 +190,7 @@ def _agreement_rows(
         ),
         None,
     )
+    caution = next((row.reason for row in accuracies if row.metric == f"accuracy_{head}" and row.verdict == "warn"), "")
     rows = []
     for cell in (None, *np.unique(seen.cells)):
         part = seen if cell is None else seen.take(np.flatnonzero(seen.cells == cell))
@@ -204,6 +205,8 @@ def _agreement_rows(
         )
         few = f"{len(part)} pictures, judged from {FEWEST_PER_CAPTION}" if len(part) < FEWEST_PER_CAPTION else ""
         verdict, reason = _judge_agreement(head, interval, 1 / classes)
+        if caution and verdict == "ok":
+            verdict, reason = "warn", caution
         row = Result(
             metric=f"agreement_{head}",
             set="generated",
@@ -238,7 +241,8 @@ def _distance_rows(sets: Sets, naming: Naming, blocked: str, draws: int, seed: i
     base = Result(metric="kid", unit="squared MMD")
     if not number:
         reason = "no caption has two tiles each of generated, held-out and set-aside real slices"
-        return [replace(base, set="generated", reason=blocked or reason)]
+        row = replace(base, set="generated", reason=blocked or reason)
+        return [row, replace(row, metric="kid_floor_ratio", unit="ratio")]
     captions = f"{len(number)} captions"
     held_out, generated = _pick(sets.held_out, number), _pick(sets.generated_tiles, number)
     lines = {"real": _kid(_pick(sets.aside, number), held_out, draws, seed)}

@@ -19,6 +19,28 @@ from eval.verdicts import worst
 
 WORDS: dict[Verdict, str] = {"ok": "in order", "warn": "look closer", "stop": "stop", "grey": "not measured"}
 KINDS = {"real": "real, held out", "vae": "through the VAE", "generated": "generated"}
+LABELS = {
+    "accuracy_state": "state read correctly",
+    "accuracy_axis": "axis read correctly",
+    "agreement_state": "state as asked for",
+    "agreement_axis": "axis as asked for",
+    "kid": "distance (KID)",
+    "kid_floor_ratio": "distance / real to real",
+    "held_out": "held-out real",
+    "held_out_matched": "held-out real, one histogram",
+    "held_out_vae": "held-out real, through the VAE",
+    "real": "real to real",
+    "vae": "real through the VAE, to real",
+    "nearest_states": "nearest two states",
+}
+PROBE_SETS = {
+    "G0": "anchors",
+    "G1": "words shared with the captions",
+    "G2": "near the trained domain",
+    "G3": "far from it",
+    "G4": "no prompt",
+    "G5": "mixed with captions",
+}
 DRIFT_METRICS = {
     "retention": "kept",
     "leak": "leaked pictures",
@@ -36,7 +58,7 @@ class Question:
         title: what it is called.
         text: the question in words.
         module: the command that answers it.
-        metrics: beginnings of the metrics that count; empty for all.
+        metrics: those that decide; empty for all.
     """
 
     title: str
@@ -47,15 +69,18 @@ class Question:
 
 QUESTIONS = (
     Question(
-        title="Fidelity", text="Do generated slices look like real ones?", module="eval.fidelity", metrics=("kid",)
+        title="Fidelity",
+        text="Do generated slices look like real ones?",
+        module="eval.fidelity",
+        metrics=("kid_floor_ratio",),
     ),
     Question(
         title="Prompt",
         text="Do they show what was asked for?",
         module="eval.fidelity",
-        metrics=("agreement_", "accuracy_"),
+        metrics=("agreement_state", "agreement_axis"),
     ),
-    Question(title="Drift", text="Did the model forget what it knew?", module="eval.drift"),
+    Question(title="Drift", text="Did the model forget what it knew?", module="eval.drift", metrics=("worst_prompt",)),
     Question(title="Memorisation", text="Are they copies of training slices?", module="eval.memorization"),
 )
 
@@ -68,12 +93,11 @@ def verdict_boxes(folders: Sequence[Folder], run: Run | None) -> list[dict[str, 
 def _box(question: Question, folders: Sequence[Folder], run: Run | None) -> dict[str, str]:
     """Judge one question by the worst row that was judged."""
     rows = [row for folder in folders if folder.module == question.module for row in folder.rows]
-    if question.metrics:
-        rows = [row for row in rows if row.metric.startswith(question.metrics)]
+    rows = [row for row in rows if not question.metrics or row.metric in question.metrics]
     box = {"title": question.title, "text": question.text, "command": ""}
     if not rows:
         verdict: Verdict = "grey"
-        reason = f"No results of {question.module} were given."
+        reason = f"No results of {question.module} were given. The command:"
         if importlib.util.find_spec(question.module) is None:
             reason = "This version has no command for it yet."
         else:
@@ -85,24 +109,33 @@ def _box(question: Question, folders: Sequence[Folder], run: Run | None) -> dict
 
 
 def _why(rows: Sequence[Result], verdict: Verdict) -> str:
-    """Return the reason of the rows that decided, those over everything before those of one prompt."""
+    """Say in words what was found, over everything before single prompts, and why it is not in order."""
     deciding = [row for row in rows if row.verdict == verdict and not row.reason.startswith(("reference", "A/A"))]
-    deciding.sort(key=lambda row: (row.metric != "worst_prompt", bool(row.prompt)))
-    reasons = dict.fromkeys(
-        f"{row.metric.replace('_', ' ')}{_number(row)}: {row.reason}" if row.value is not None else row.reason
-        for row in deciding
-        if row.reason
-    )
-    if not reasons:
-        return {"ok": "All numbers are within their limits.", "grey": "Nothing could be judged."}.get(verdict, "")
-    most = 1 if verdict == "grey" else 2
-    more = f" (and {len(reasons) - most} more)" if len(reasons) > most else ""
-    return "; ".join(list(reasons)[:most]) + more + "."
+    whole = [row for row in deciding if not row.prompt or row.metric == "worst_prompt"] or deciding
+    if verdict == "grey":
+        return f"{_sentence(next((row.reason for row in whole if row.reason), 'nothing could be judged'))}."
+    found = [_finding(row) for row in whole]
+    return " ".join(found[:3]) + (f" And {len(found) - 3} more." if len(found) > 3 else "")
 
 
-def _number(row: Result) -> str:
-    """Write the value of a row for a sentence."""
-    return f" {row.value:.2f}" if row.value is not None else ""
+def _finding(row: Result) -> str:
+    """Write one deciding number as a sentence, with its reason unless it is in order."""
+    value = row.value if row.value is not None else math.nan
+    text = {
+        "agreement_state": f"{value:.0%} show the state asked for",
+        "agreement_axis": f"{value:.0%} show the axis asked for",
+        "kid_floor_ratio": f"{value:.2f} of the distance between real slices"
+        if value < 1
+        else f"{value:.1f} times the distance between real slices",
+        "worst_prompt": f"Worst prompt: {row.prompt}, {row.unit} {value:.2f}",
+    }.get(row.metric, f"{_sentence(row.metric.replace('_', ' '))} {value:.2f}")
+    why = f": {row.reason.replace('_', ' ')}" if row.reason and row.verdict != "ok" else ""
+    return f"{text}{why}."
+
+
+def _sentence(text: str) -> str:
+    """Return the text with a capital first letter."""
+    return text[:1].upper() + text[1:]
 
 
 def suggestion(module: str, folders: Sequence[Folder], run: Run | None) -> str:
@@ -236,12 +269,20 @@ def confusion_tables(folders: Sequence[Folder]) -> list[dict[str, Any]]:
     return tables
 
 
-def fidelity_table(folders: Sequence[Folder]) -> dict[str, list[dict[str, str]]]:
-    """Return the numbers over all captions, and those of each caption."""
+def fidelity_table(folders: Sequence[Folder]) -> dict[str, Any]:
+    """Return the numbers over all captions, and a row per caption with a column per measure."""
     rows = [row for folder in folders if folder.module == "eval.fidelity" for row in folder.rows]
+    single = [row for row in rows if row.prompt]
+    by_key = {(row.prompt, row.metric): line(row) for row in single}
+    metrics = list(dict.fromkeys(row.metric for row in single))
     return {
         "whole": [line(row) for row in rows if not row.prompt],
-        "captions": [line(row) for row in rows if row.prompt],
+        "columns": [LABELS.get(metric, metric.replace("_", " ")) for metric in metrics],
+        "captions": [
+            (prompt, [by_key.get((prompt, metric)) for metric in metrics])
+            for prompt in dict.fromkeys(row.prompt for row in single)
+        ],
+        "reasons": list(dict.fromkeys(_sentence(row.reason) for row in single if row.reason and row.verdict != "ok")),
     }
 
 
@@ -249,18 +290,19 @@ def line(row: Result) -> dict[str, str]:
     """Write a row for a table."""
     digits = 3 if row.unit != "ratio" else 2
     interval = f"{row.low:.{digits}f} to {row.high:.{digits}f}" if row.low is not None and row.high is not None else ""
-    effective = f" ({row.n_eff:g} independent)" if row.n_eff is not None else ""
+    effective = f" / {row.n_eff:g}" if row.n_eff is not None else ""
     return {
-        "metric": row.metric.replace("_", " "),
-        "set": row.set.replace("_", " "),
+        "metric": LABELS.get(row.metric, row.metric.replace("_", " ")),
+        "set": LABELS.get(row.set, row.set.replace("_", " ")),
         "prompt": row.prompt,
         "value": f"{row.value:.{digits}f}" if row.value is not None else "-",
         "interval": interval,
         "floor": f"{row.floor:.{digits}f}" if row.floor is not None else "",
         "n": f"{row.n}{effective}" if row.n else "",
+        "unit": row.unit,
         "verdict": row.verdict,
         "word": "reference" if row.reason.startswith(("reference", "A/A")) else WORDS[row.verdict],
-        "reason": row.reason,
+        "reason": row.reason.removeprefix("reference: "),
     }
 
 
@@ -291,6 +333,7 @@ def _drift_set(folder: Folder, name: str, pictures: Pictures) -> dict[str, Any]:
     own = [row for row in rows if not row.prompt and not row.metric.endswith("_aa")]
     return {
         "name": name,
+        "about": PROBE_SETS.get(name, ""),
         "verdict": worst([row.verdict for row in own]),
         "word": WORDS[worst([row.verdict for row in own])],
         "scores": [_score(row, bands.get(row.metric)) for row in own if row.metric in DRIFT_METRICS],
