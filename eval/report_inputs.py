@@ -60,10 +60,10 @@ class Run:
 
 
 class Pictures:
-    """Turns picture files into data URIs until the page is full."""
+    """Turns picture files into data URIs until ``room`` bytes are full."""
 
-    def __init__(self) -> None:
-        self.left = FOR_PICTURES
+    def __init__(self, room: int = FOR_PICTURES) -> None:
+        self.left = room
         self.num_left_out = 0
 
     def embed(self, folder: Path, name: str) -> str:
@@ -78,7 +78,7 @@ class Pictures:
             return ""
         picture.thumbnail((LONGEST_SIDE, LONGEST_SIDE * 4))
         buffer = io.BytesIO()
-        picture.save(buffer, format="PNG", optimize=True)
+        picture.save(buffer, format="PNG")
         if buffer.tell() > self.left:
             self.num_left_out += 1
             return ""

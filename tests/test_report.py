@@ -1,0 +1,242 @@
+from __future__ import annotations
+
+import base64
+import io
+import json
+import re
+from dataclasses import replace
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from configs.errors import InputError, UsageError
+from data_prep.manifest import write_manifest
+from eval.report import ReportConfig, main
+from eval.report_inputs import LONGEST_SIDE, Pictures
+from eval.results import Result, write_results
+
+SCRIPT = "<script>alert('x')</script>"
+
+
+class Page(HTMLParser):
+    """Collects tags, addresses and the classes of the verdict boxes."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.tags: list[str] = []
+        self.addresses: list[str] = []
+        self.boxes: list[str] = []
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        values = {name: value or "" for name, value in attrs}
+        self.addresses += [values[name] for name in ("src", "href", "srcset", "action", "data") if name in values]
+        if values.get("class", "").startswith("box "):
+            self.boxes.append(values["class"].removeprefix("box "))
+
+
+def write_png(path: Path, side: int = 16) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (side, side), dtype=np.uint8)).save(path)
+
+
+def write_run(folder: Path, dataset: Path) -> Path:
+    folder.mkdir()
+    (folder / "config.yaml").write_text(
+        f"pretrained_model_name_or_path: assets/tiny-sd\ntrain_data_dir: {dataset}/train\nrank: 4\n"
+    )
+    lines = [{"step": step, "loss": 0.3 / step, "learning_rate": 1e-4} for step in range(1, 31)]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (folder / "environment.json").write_text('{"torch": "2.13.0"}')
+    return folder
+
+
+def write_dataset(folder: Path) -> Path:
+    folder.mkdir()
+    volume = {
+        "name": "part-7",
+        "state": "dry",
+        "shape": [104, 224, 288],
+        "dtype": "uint16",
+        "voxel_um": [80.0, 80.0, 80.0],
+        "window": {"low": 12817.0, "high": 52431.0},
+        "split": {"axis": "x", "train": [0, 181], "guard": [181, 208], "validation": [208, 288]},
+    }
+    write_manifest(folder, {"volumes": [volume], "counts": {"train": {"dry warp": 12}, "validation": {"dry warp": 5}}})
+    return folder
+
+
+def write_fidelity(folder: Path, caption: str = "sf_dry sf_warp", verdict: str = "ok") -> Path:
+    folder.mkdir()
+    row = Result(metric="agreement_state", set="generated", value=0.95, low=0.9, high=0.98, n=144, verdict=verdict)
+    row = replace(
+        row, command="python -m eval.fidelity --real a --generated b --output_dir c", reason="because of a test"
+    )
+    distance = replace(row, metric="kid_floor_ratio", value=0.4, low=0.1, high=0.8)
+    single = replace(row, prompt=caption, verdict="grey", reason="16 pictures, judged from 64")
+    write_results(folder / "results.jsonl", [row, distance, single])
+    for kind in ("real", "vae", "generated"):
+        write_png(folder / "samples" / f"{kind}.png")
+    files = {kind: f"samples/{kind}.png" for kind in ("real", "vae", "generated")}
+    confusion = {"state": {"names": ["dry", "injected"], "held_out": [[30, 1], [2, 29]], "generated": [[7, 0], [0, 9]]}}
+    overview = {"tile_px": 16, "captions": [{"caption": caption, "files": files}], "confusion": confusion}
+    (folder / "overview.json").write_text(json.dumps(overview))
+    return folder
+
+
+def write_drift(folder: Path, prompt: str = "two zebras") -> Path:
+    folder.mkdir()
+    row = Result(
+        metric="retention",
+        set="G0",
+        prompt=prompt,
+        value=0.3,
+        low=0.2,
+        high=0.4,
+        n=4,
+        floor=0.98,
+        verdict="stop",
+        reason="beyond 0.5",
+        command="python -m eval.drift --adapter runs/lora",
+    )
+    whole = replace(row, prompt="", reason="1 of 1 prompts beyond the stop limit")
+    band = replace(whole, metric="retention_aa", value=0.98, low=0.9, high=1.0, verdict="grey", reason="A/A band")
+    overall = replace(row, metric="worst_prompt", unit="retention", reason="retention in G0")
+    write_results(folder / "results.jsonl", [row, whole, band, overall])
+    records = []
+    for model in ("base", "tuned"):
+        write_png(folder / model / "a.png")
+        records.append({"file_name": f"{model}/a.png", "model": model, "set": "G0", "prompt": prompt, "seed": 0})
+    (folder / "records.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    return folder
+
+
+def render(output: Path, run: Path | None = None, *results: Path) -> str:
+    main(ReportConfig(run=run, results=results, output=output))
+    return output.read_text(encoding="utf-8")
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> str:
+    folder = tmp_path_factory.mktemp("report")
+    run = write_run(folder / "lora", write_dataset(folder / "weave"))
+    return render(folder / "report.html", run, write_fidelity(folder / "fidelity"), write_drift(folder / "drift"))
+
+
+def test_each_question_shows_its_own_verdict(whole: str) -> None:
+    assert Page(whole).boxes == ["ok", "ok", "stop", "grey"]
+
+
+def test_without_any_results_every_box_is_grey_and_names_its_command(tmp_path: Path) -> None:
+    text = render(tmp_path / "report.html")
+    assert Page(text).boxes == ["grey"] * 4
+    assert "python -m eval.fidelity --real data/weave" in text
+    assert "python -m eval.drift --pretrained_model_name_or_path assets/tiny-sd" in text
+
+
+def test_a_box_without_results_names_the_command_with_the_paths_that_are_known(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "lora", write_dataset(tmp_path / "weave"))
+    assert f"--real {tmp_path / 'weave'} --generated" in render(tmp_path / "report.html", run)
+
+
+def test_nothing_on_the_page_leaves_it(whole: str) -> None:
+    page = Page(whole)
+    assert len(page.addresses) > 5
+    assert [address for address in page.addresses if not address.startswith(("data:", "#"))] == []
+    assert not {"script", "link", "iframe", "object", "embed"} & set(page.tags)
+    assert "url(" not in whole
+    assert "@import" not in whole
+
+
+def test_the_dataset_box_shows_volumes_counts_window_and_split(whole: str) -> None:
+    for text in ("part-7", "104 x 224 x 288 uint16", "12817 to 52431", "along x: train 0-181, guard 181-208", "17"):
+        assert text in whole
+
+
+def test_pictures_curve_tables_and_commands_are_there(whole: str) -> None:
+    assert whole.count("data:image/png;base64,") == 3 + 2
+    assert whole.count("data:image/svg+xml;base64,") == 1
+    assert "Loss over 30 steps" in whole
+    for text in (
+        "State, held-out real",
+        "State, generated",
+        ">29<",
+        "two zebras",
+        "python -m eval.drift --adapter runs/lora",
+    ):
+        assert text in whole
+
+
+@pytest.mark.parametrize("kind", ["caption", "probe", "setting", "volume", "title"])
+def test_text_from_files_is_escaped(tmp_path: Path, kind: str) -> None:
+    run = write_run(tmp_path / "lora", write_dataset(tmp_path / "weave"))
+    if kind == "setting":
+        (run / "config.yaml").write_text(f'note: "{SCRIPT}"\ntrain_data_dir: {tmp_path}/weave/train\n')
+    if kind == "volume":
+        write_manifest(tmp_path / "weave", {"volumes": [{"name": SCRIPT}]})
+    fidelity = write_fidelity(tmp_path / "fidelity", SCRIPT if kind == "caption" else "sf_dry sf_warp")
+    drift = write_drift(tmp_path / "drift", SCRIPT if kind == "probe" else "a horse")
+    title = SCRIPT if kind == "title" else None
+    main(ReportConfig(run=run, results=(fidelity, drift), output=tmp_path / "report.html", title=title))
+    text = (tmp_path / "report.html").read_text()
+    assert "script" not in Page(text).tags
+    assert "&lt;script&gt;" in text
+
+
+@pytest.mark.parametrize("name", ["../secret.png", "/etc/passwd", "link.png"])
+def test_pictures_outside_their_folder_are_not_shown(tmp_path: Path, name: str) -> None:
+    write_png(tmp_path / "secret.png")
+    folder = tmp_path / "results"
+    folder.mkdir()
+    (folder / "link.png").symlink_to(tmp_path / "secret.png")
+    assert Pictures().embed(folder, name) == ""
+
+
+def test_large_pictures_are_reduced(tmp_path: Path) -> None:
+    write_png(tmp_path / "large.png", side=LONGEST_SIDE + 200)
+    content = base64.b64decode(Pictures().embed(tmp_path, "large.png").partition(",")[2])
+    assert Image.open(io.BytesIO(content)).size == (LONGEST_SIDE, LONGEST_SIDE)
+
+
+def test_pictures_without_room_are_left_out_and_counted(tmp_path: Path) -> None:
+    write_png(tmp_path / "a.png")
+    size = len(base64.b64decode(Pictures().embed(tmp_path, "a.png").partition(",")[2]))
+    pictures = Pictures(room=size + 10)
+    assert [bool(pictures.embed(tmp_path, "a.png")) for _ in range(3)] == [True, False, False]
+    assert pictures.num_left_out == 2
+
+
+def test_the_same_inputs_give_the_same_bytes(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "lora", write_dataset(tmp_path / "weave"))
+    assert render(tmp_path / "one.html", run) == render(tmp_path / "two.html", run)
+
+
+def test_it_writes_the_page_and_nothing_else(tmp_path: Path) -> None:
+    render(tmp_path / "out" / "report.html")
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["report.html"]
+
+
+def test_an_existing_page_is_replaced_only_when_asked(tmp_path: Path) -> None:
+    output = tmp_path / "report.html"
+    render(output)
+    with pytest.raises(UsageError, match="already exists; name another file or pass --overwrite"):
+        render(output)
+    main(ReportConfig(output=output, overwrite=True))
+
+
+def test_a_page_must_be_named_as_one() -> None:
+    with pytest.raises(ValueError, match=re.escape("--output out/report: name a file that ends with .html")):
+        ReportConfig(output=Path("out/report"))
+
+
+def test_a_missing_folder_and_one_without_results_are_one_clear_line(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"--results .*gone: there is no such folder"):
+        render(tmp_path / "report.html", None, tmp_path / "gone")
+    with pytest.raises(InputError, match=r"holds neither results\.jsonl nor records\.jsonl"):
+        render(tmp_path / "report.html", None, tmp_path)
+    with pytest.raises(InputError, match=r"--run .*: no config\.yaml"):
+        render(tmp_path / "report.html", tmp_path)
