@@ -60,7 +60,9 @@ def read_vocabulary(path: Path) -> Vocabulary:
             axes={str(name): str(word) for name, word in content.get("axes", DEFAULT.axes).items()},
         )
     except (AttributeError, TypeError):
-        raise UsageError(f"--vocabulary {path}: states must map a name to a list of words, axes a name to a word") from None
+        raise UsageError(
+            f"--vocabulary {path}: states must map a name to a list of words, axes a name to a word"
+        ) from None
     for kind, words in (("states", list(vocabulary.states.values())), ("axes", list(vocabulary.axes.values()))):
         if len(set(words)) != len(words) or any(not word for word in words):
             raise UsageError(f"--vocabulary {path}: two {kind} are written with the same words, or one has none")
