@@ -161,7 +161,7 @@ def read_tiles(cuts: Sequence[Cut], tile: int, *, keep_flat: bool = False) -> Ti
             pixels[number] = image[row : row + tile, column : column + tile]
     spread = pixels.max(axis=(1, 2)).astype(int) - pixels.min(axis=(1, 2)) if len(cuts) else np.zeros(0, dtype=int)
     has_structure = spread >= FLAT_RANGE
-    shown = np.flatnonzero(has_structure | keep_flat)
+    shown = np.flatnonzero(has_structure | keep_flat).tolist()
     return Tiles(pixels=pixels[shown], cuts=tuple(cuts[i] for i in shown), num_flat=int((~has_structure).sum()))
 
 

@@ -287,12 +287,10 @@ def _by_picture(tiles: Seen, reading: Reading, owners: Sequence[int]) -> Seen:
 
     owner = np.asarray(owners)
     first = np.unique(owner, return_index=True)[1]
-    seen: dict[Head, Ints] = {}
-    for head, probabilities in (("state", reading.states), ("axis", reading.axes)):
-        pooled = np.zeros((len(first), probabilities.shape[1]))
-        np.add.at(pooled, owner, probabilities)
-        seen[head] = pooled.argmax(axis=1)
-    return replace(tiles.take(first), seen=seen)
+    pooled = [np.zeros((len(first), part.shape[1])) for part in (reading.states, reading.axes)]
+    np.add.at(pooled[0], owner, reading.states)
+    np.add.at(pooled[1], owner, reading.axes)
+    return replace(tiles.take(first), seen={"state": pooled[0].argmax(axis=1), "axis": pooled[1].argmax(axis=1)})
 
 
 def _hashes(config: FidelityConfig, base_hash: str) -> dict[str, str]:

@@ -197,7 +197,7 @@ def _volume(volume: Mapping[str, Any]) -> dict[str, str]:
         "state": str(volume.get("state", "")),
         "shape": " x ".join(map(str, volume.get("shape") or ())),
         "dtype": str(volume.get("dtype", "")),
-        "voxel": " x ".join(f"{size:g}" for size in voxel) + " um" if _numbers(voxel) else "unknown",
+        "voxel": " x ".join(f"{size:g}" for size in voxel) + " um" if voxel and _numbers(voxel) else "unknown",
         "window": f"{low:g} to {high:g}" if _numbers([low, high]) else "none",
         "split": f"along {split.get('axis')}: {', '.join(regions)}" if regions else "none",
         "length": f"{split['correlation_length']} voxels" if "correlation_length" in split else "unknown",

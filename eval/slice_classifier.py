@@ -125,8 +125,8 @@ def read_slices(model: SliceClassifier, tiles: NDArray[np.uint8], *, batch_size:
     for batch in torch.from_numpy(np.ascontiguousarray(tiles)).split(batch_size):
         features = model.features((batch.float() / 255).to(device)[:, None])
         parts.append([model.state_head(features).softmax(1), model.axis_head(features).softmax(1), features])
-    states, axes, features = (torch.cat(part).double().cpu().numpy() for part in zip(*parts, strict=True))
-    return Reading(states=states, axes=axes, features=features)
+    joined = [torch.cat(part).double().cpu().numpy() for part in zip(*parts, strict=True)]
+    return Reading(states=joined[0], axes=joined[1], features=joined[2])
 
 
 def augment(tiles: Tensor, generator: torch.Generator) -> Tensor:

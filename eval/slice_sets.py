@@ -132,7 +132,7 @@ def read_generated(folder: Path, real: RealSlices, vocabulary: Vocabulary) -> Ge
     path = folder / RECORDS_NAME
     if not path.is_file():
         raise InputError(f"--generated {folder}: no {RECORDS_NAME}; give a folder written by python -m eval.generate")
-    pictures, other, base = [], [], {}
+    pictures, other, base = list[Picture](), list[str](), dict[str, object]()
     for number, record in read_records(path):
         try:
             name, prompt = str(record["file_name"]), str(record["prompt"])

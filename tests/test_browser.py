@@ -10,9 +10,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from test_report import SCRIPT, write_dataset, write_drift, write_fidelity, write_run
 
 from eval.report import ReportConfig, main
-from test_report import SCRIPT, write_dataset, write_drift, write_fidelity, write_run
 
 pytestmark = pytest.mark.browser
 
