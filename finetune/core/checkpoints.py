@@ -14,6 +14,7 @@ import re
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -91,7 +92,7 @@ def write(
     return target
 
 
-def read(path: Path, *, parameters: Mapping[str, nn.Parameter], optimizer: Optimizer) -> dict[str, object]:
+def read(path: Path, *, parameters: Mapping[str, nn.Parameter], optimizer: Optimizer) -> dict[str, Any]:
     """Put a checkpoint's tensors into what learns and into its optimizer; return ``state.json``.
 
     Raises:

@@ -11,12 +11,16 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm import tqdm
+
+if TYPE_CHECKING:
+    from diffusers import AutoencoderKL
 
 _SHARD = 512  # images in a file of the cache: few files, and an interrupted run loses little
 _BATCH = 16  # images encoded together
@@ -36,7 +40,7 @@ def sample(mean: Tensor, std: Tensor, noise: Tensor, scaling_factor: float) -> T
 
 
 @torch.no_grad()
-def encode(vae: nn.Module, pixels: Tensor) -> Moments:
+def encode(vae: AutoencoderKL, pixels: Tensor) -> Moments:
     """Return the posterior of pixels in [-1, 1], computed in the VAE's dtype, on its device."""
     posterior = vae.encode(pixels.to(vae.device, vae.dtype)).latent_dist
     return Moments(posterior.mean.float(), posterior.std.float())
@@ -58,7 +62,7 @@ def module_hash(module: nn.Module) -> str:
 
 
 def cached_moments(
-    folder: Path, keys: Sequence[str], pixels: Callable[[Sequence[int]], Tensor], vae: nn.Module
+    folder: Path, keys: Sequence[str], pixels: Callable[[Sequence[int]], Tensor], vae: AutoencoderKL
 ) -> tuple[Moments, int]:
     """Return the posterior of every image, from the cache where it is there, else encoded and kept for the next run.
 
