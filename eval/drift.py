@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 
 SHEET_SEEDS = 3
 SHEET_ROWS = 60
+NUM_EMPTY = 16
 MIN_RECALL = 0.9
 MAX_FALSE_ALARM = 0.05
 
@@ -88,12 +89,13 @@ class DriftConfig:
 class Evidence:
     """Everything that was made with the models, before any of it is judged.
 
-    Letters: P probes, S seeds, C captions, K latents, T timesteps. Pictures (P, S, H, W, 3) uint8, predictions
-    (P or C, K, T, 4, h, w).
+    Letters: P probes, S seeds, C captions, K latents, T timesteps. Pictures (P, S, H, W, 3) uint8, of ``base_more``
+    (N, H, W, 3); predictions (P or C, K, T, 4, h, w).
     """
 
     base: NDArray[np.uint8]
     base_again: NDArray[np.uint8]
+    base_more: NDArray[np.uint8]
     tuned: NDArray[np.uint8]
     base_predictions: Tensor
     tuned_predictions: Tensor
@@ -154,6 +156,8 @@ def main(config: DriftConfig) -> None:
 
 def gather(config: DriftConfig, probes: Sequence[Probe], base: Models, tuned: Models) -> Evidence:
     """Run both models; they may be one object with adapters, which are then off for the base's part."""
+    import numpy as np
+
     from eval.divergence import predictions
     from eval.sampling import decode, require_light, sample, sample_latents
     from finetune.core.models import set_adapter_scale
@@ -182,12 +186,16 @@ def gather(config: DriftConfig, probes: Sequence[Probe], base: Models, tuned: Mo
     latents = latents.unflatten(0, (len(probes), count))[:, :num_latents].cpu()
     prompts = [probe.prompt for probe in probes]
     base_predictions = predict(base, prompts, latents)
+    # The base makes the most varied pictures of no prompt, and no slices of the captions yet: both show what is none.
+    empty = [("", config.seed + 2 * count + index) for index in range(NUM_EMPTY if config.real else 0)]
+    more = [sample(base, empty, settings, progress="base, empty prompt")] if empty else []
     base_in, caption_latents = None, None
     if config.captions:
         asked = [(text, seed) for text in config.captions for seed in seeds[:num_latents]]
         caption_latents = sample_latents(base, asked, settings, progress="base, captions")
         caption_latents = caption_latents.unflatten(0, (len(config.captions), num_latents)).cpu()
         base_in = predict(base, config.captions, caption_latents)
+        more.append(decode(base, caption_latents.flatten(0, 1), asked, batch_size=settings.batch_size))
 
     if base is tuned:
         set_adapter_scale(tuned, config.adapter_scale)
@@ -198,6 +206,7 @@ def gather(config: DriftConfig, probes: Sequence[Probe], base: Models, tuned: Mo
     return Evidence(
         base=pictures.reshape(shape),
         base_again=again.reshape(shape),
+        base_more=np.concatenate([*more, again[:0]]),
         tuned=tuned_pictures.reshape(shape),
         base_predictions=base_predictions,
         tuned_predictions=predict(tuned, prompts, latents),
@@ -225,11 +234,12 @@ def _learn_slices(config: DriftConfig, base: Models, evidence: Evidence) -> tupl
         kept = read_slices(config.real / "validation", size, limit=max(16, config.num_slices // 3), seed=config.seed)
     else:
         slices, kept = slices[::2], slices[1::2]
-    if not kept:
+    if len(kept) < 2:
         return None, f"{train} holds {len(slices)} slices; too few to learn from", []
-    negatives = list(evidence.base_again.reshape(-1, *evidence.base_again.shape[2:]))
-    detector = train_leak_net([*slices, *round_trip(base, slices)], negatives, seed=config.seed)
-    found = is_leaked(detector.patch_shares(round_trip(base, kept)))
+    negatives = [*evidence.base_again.reshape(-1, *evidence.base_again.shape[2:]), *evidence.base_more]
+    kept = round_trip(base, kept)
+    detector = train_leak_net([*slices, *round_trip(base, slices)], negatives, seed=config.seed).calibrated(kept[::2])
+    found = is_leaked(detector.patch_shares(kept[1::2]))
     alarms = is_leaked(detector.patch_shares(evidence.base.reshape(-1, *evidence.base.shape[2:])))
     works = {
         "leak_recall": (found, found.mean() >= MIN_RECALL, f"at least {MIN_RECALL} of held-out slices must be found"),

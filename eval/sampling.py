@@ -136,7 +136,10 @@ def decode(models: Models, latents: Tensor, requests: Sequence[Request], *, batc
     pictures = []
     with evaluating(models):
         for start in range(0, len(latents), batch_size):
-            batch = latents[start : start + batch_size].to(models.vae.dtype) / models.vae.config.scaling_factor
+            batch = (
+                latents[start : start + batch_size].to(models.vae.device, models.vae.dtype)
+                / models.vae.config.scaling_factor
+            )
             pixels = models.vae.decode(batch).sample.float()  # (B, 3, H, W) in about [-1, 1]
             finite = pixels.isfinite().flatten(1).all(1).tolist()
             if not all(finite):

@@ -261,8 +261,17 @@ def test_one_lost_prompt_stops_the_anchors_and_half_of_them_the_shared_tokens() 
 
 def evidence_of(tuned: np.ndarray, base: np.ndarray, again: np.ndarray) -> Evidence:
     flat = torch.ones(len(base), 1, 1, 4, 2, 2)
-    return Evidence(base=base, base_again=again, tuned=tuned, base_predictions=flat, tuned_predictions=flat,
-                    captions=(), base_caption_predictions=None, tuned_caption_predictions=None)  # fmt: skip
+    return Evidence(
+        base=base,
+        base_again=again,
+        base_more=again[0, :0],
+        tuned=tuned,
+        base_predictions=flat,
+        tuned_predictions=flat,
+        captions=(),
+        base_caption_predictions=None,
+        tuned_caption_predictions=None,
+    )
 
 
 @pytest.fixture(scope="module")
@@ -285,6 +294,18 @@ def test_half_of_the_tuned_pictures_replaced_by_slices_give_a_leak_of_a_half(det
     assert leak.value == pytest.approx(0.5, abs=0.05)
     assert leak.verdict == "stop"
     assert (overall.verdict, overall.prompt) in {("stop", "probe 0"), ("stop", "probe 2")}
+
+
+def test_faded_pictures_without_slices_retain_what_colour_they_kept(detector: LeakNet) -> None:
+    base = pictures_of(500)
+    grey = base.mean(axis=-1, keepdims=True)
+    faded = (grey + 0.7 * (base - grey)).round().astype(np.uint8)
+    rows, _ = score_drift([Probe(id=str(i), prompt=f"p{i}", set="G3") for i in range(4)],
+                          evidence_of(faded, base, base), detector, "")  # fmt: skip
+    retention = next(row for row in of(rows, "retention", "G3") if not row.prompt)
+    # Colourfulness is linear in the distance from grey, but for rounding; no patch of these pictures is slice-like.
+    assert retention.value == pytest.approx(0.7, abs=0.01)
+    assert retention.verdict == "stop"
 
 
 @pytest.mark.parametrize("first", range(1000, 1400, 100))

@@ -64,6 +64,14 @@ def test_the_same_training_gives_the_same_network() -> None:
     assert all((first[name] == second[name]).all() for name in first)
 
 
+def test_calibration_keeps_the_slices_and_calls_fewer_other_patches_slices(detector: LeakNet) -> None:
+    kept, others = [weave(400 + i) for i in range(20)], [stripes(400 + i) for i in range(20)]
+    strict = detector.calibrated(kept)
+    assert 0 < strict.threshold <= 3
+    assert strict.patch_shares(kept).mean() >= 0.9
+    assert strict.patch_shares(others).mean() <= detector.patch_shares(others).mean()
+
+
 def write_split(folder: Path, shapes: dict[str, int]) -> Path:
     """Write a split with so many pictures of each caption."""
     folder.mkdir()
