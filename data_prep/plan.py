@@ -212,6 +212,8 @@ def survey(config: SliceConfig, words: Vocabulary) -> list[Volume]:
             small for the split or the tiles.
         InputError: a file is missing, damaged, or not a volume.
     """
+    if missing := [axis for axis in AXES if axis not in words.axes]:
+        raise UsageError(f"--vocabulary {config.vocabulary}: no word for the axes {', '.join(missing)}; add them")
     pairs = [_state_and_path(text, words) for text in config.volumes]
     for _, path in pairs:
         if path.resolve().is_relative_to(config.output_dir.resolve()):

@@ -273,6 +273,12 @@ def test_captions_come_from_state_and_direction(scan: Path) -> None:
     assert sorted(set(texts)) == ["x_resin x_wet x_thickness", "x_resin x_wet x_warp", "x_resin x_wet x_weft"]
 
 
+def test_a_vocabulary_without_an_axis_is_refused(scan: Path) -> None:
+    (scan / "words.yaml").write_text("axes: {thickness: t, warp: w}\n")
+    with pytest.raises(UsageError, match=r"--vocabulary .*words.yaml: no word for the axes weft"):
+        main(config(scan, "--vocabulary", str(scan / "words.yaml")))
+
+
 @pytest.mark.parametrize(("size", "expected"), [(["3"], (3, 3, 3)), (["3", "4", "5"], (3, 4, 5))])
 def test_pixel_sizes_follow_the_direction(scan: Path, size: list[str], expected: tuple[int, int, int]) -> None:
     main(config(scan, "--stride", "99", "--voxel_size_um", *size))

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import math
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -245,7 +246,7 @@ class _Keep(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         """Keep one record as a line."""
-        message = _one_line(record.getMessage())
+        message = re.sub(r"^<[^>]*> *", "", _one_line(record.getMessage()))  # without the name of the object
         # Other warnings are about tags that do not touch the voxels.
         if record.levelno >= logging.ERROR or " series " in message:
             self.messages.append(message)
