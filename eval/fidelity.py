@@ -52,13 +52,13 @@ class FidelityConfig:
     """YAML file with the words of the captions. Default: the built-in ones."""
     tile_size: int | None = None
     """Side of the tiles compared, in px, at native scale. Default: what fits real and generated slices, at most 196."""
-    train_tiles: int = 240
+    train_tiles: int = 400
     """Real tiles per caption that the classifier learns from."""
-    held_out_tiles: int = 100
+    held_out_tiles: int = 80
     """Held-out real tiles per caption, at least; as many as generated ones if those are more."""
     classifier_steps: int = 600
     """Updates of the classifier."""
-    bootstrap_draws: int = 1000
+    bootstrap_draws: int = 500
     """Resamples behind each interval."""
     seed: int = 0
     """Of the tiles drawn, the classifier and the resampling."""
@@ -181,7 +181,7 @@ def draw(config: FidelityConfig, real: RealSlices, generated: Generated, tile: i
     numbers = {picture.path: number for number, picture in enumerate(generated.pictures)}
     return Drawn(
         learning=learning,
-        aside=read_tiles(draw_cuts(cuts.aside, each, config.seed), tile),
+        aside=read_tiles(draw_cuts(cuts.aside, most, config.seed), tile),
         held_out=read_tiles(draw_cuts(cuts.held_out, each, config.seed), tile),
         generated=made,
         owners=[numbers[cut.path] for cut in made.cuts],

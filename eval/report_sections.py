@@ -120,13 +120,13 @@ def _why(rows: Sequence[Result], verdict: Verdict) -> str:
 
 def _finding(row: Result) -> str:
     """Write one deciding number as a sentence, with its reason unless it is in order."""
+    if row.metric == "kid_floor_ratio" and row.verdict == "ok":
+        return f"{_sentence(row.reason)}."
     value = row.value if row.value is not None else math.nan
     text = {
         "agreement_state": f"{value:.0%} show the state asked for",
         "agreement_axis": f"{value:.0%} show the axis asked for",
-        "kid_floor_ratio": f"{value:.2f} of the distance between real slices"
-        if value < 1
-        else f"{value:.1f} times the distance between real slices",
+        "kid_floor_ratio": f"{value:.1f} times the distance between real slices",
         "worst_prompt": f"Worst prompt: {row.prompt}, {row.unit} {value:.2f}",
     }.get(row.metric, f"{_sentence(row.metric.replace('_', ' '))} {value:.2f}")
     why = f": {row.reason.replace('_', ' ')}" if row.reason and row.verdict != "ok" else ""
