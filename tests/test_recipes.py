@@ -130,6 +130,32 @@ def test_a_finished_run_goes_on_to_more_steps(train: Train, tmp_path: Path) -> N
     assert untimed(folder / "metrics.jsonl") == untimed(tmp_path / "whole" / "metrics.jsonl")
 
 
+def test_a_checkpoint_elsewhere_is_taken_up(train: Train, tmp_path: Path) -> None:
+    folder = train()
+    train("--output_dir", tmp_path / "other", "--resume_from_checkpoint", folder / "checkpoint-3")
+    assert (tmp_path / "other" / LORA_FILE).read_bytes() == (folder / LORA_FILE).read_bytes()
+    with pytest.raises(UsageError, match=r"--rank \(4 then, 2 now\)"):
+        train("--output_dir", tmp_path / "third", "--resume_from_checkpoint", folder / "checkpoint-3", "--rank", 2)
+
+
+def test_fewer_steps_than_are_done_are_refused(train: Train) -> None:
+    train()
+    with pytest.raises(UsageError, match="checkpoint-6 is beyond the 4 steps asked for"):
+        train("--max_train_steps", 4)
+
+
+def test_trackers_get_what_metrics_get_and_lose_it_on_going_back(train: Train) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    folder = train("--report_to", "tensorboard", "--checkpointing_steps", 5, "--max_train_steps", 7)
+    train("--report_to", "tensorboard", "--checkpointing_steps", 5)  # goes on from 5, so step 6 is done again
+    events = EventAccumulator(str(folder / "logs" / "tisserand")).Reload()
+    seen = [(event.step, event.value) for event in events.Scalars("loss")]
+    expected = [(row["step"], row["loss"]) for row in untimed(folder / "metrics.jsonl")]
+    assert [step for step, _ in seen] == [step for step, _ in expected]
+    assert [value for _, value in seen] == pytest.approx([value for _, value in expected])
+
+
 def test_only_so_many_checkpoints_are_kept(train: Train) -> None:
     folder = train("--checkpointing_steps", 2, "--checkpoints_total_limit", 2)
     assert sorted(path.name for path in folder.glob("checkpoint-*")) == ["checkpoint-6", "checkpoint-8"]

@@ -14,6 +14,7 @@ import secrets
 import shutil
 import subprocess
 import sys
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
@@ -134,62 +135,52 @@ def start_run(config: object, train: TrainConfig, *, num_images: int, data_hash:
     accelerator = _make_accelerator(train, folder)
     threads = _set_threads(accelerator)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = train.allow_tf32
-    lock = _prepare_folder(folder, train, weights_file) if accelerator.is_main_process else None
-    accelerator.wait_for_everyone()
-    try:
-        return _open_run(config, train, accelerator, lock, num_images, data_hash, weights_file, threads)
-    except BaseException:
-        _free(folder, lock)
-        raise
+    with ExitStack() as on_refusal:
+        lock = _prepare_folder(folder, train, weights_file) if accelerator.is_main_process else None
+        on_refusal.callback(_free, folder, lock)
+        accelerator.wait_for_everyone()
 
+        checkpoint = checkpoints.find(folder, train.resume_from_checkpoint)
+        before = checkpoint.parent if checkpoint else folder
+        saved, machine = _read_yaml(before / CONFIG), _read_json(before / ENVIRONMENT)
+        seed = _choose_seed(train, saved)
+        settings = {**yaml.safe_load(yaml.safe_dump(configs.load.as_dict(config))), "seed": seed}
+        if saved and (checkpoint or (folder / PROVENANCE).is_file()):
+            _refuse_changes(before, settings, saved, machine.get("data_hash"), data_hash)
+        total = train.total_steps(num_images, accelerator.num_processes)
+        if (folder / weights_file).is_file() and _read_json(folder / PROVENANCE).get("steps") == total:
+            accelerator.print(f"{folder}: this run is finished ({total} steps); --overwrite starts anew")
+            raise SystemExit(0)
+        done = checkpoints.step_of(checkpoint) if checkpoint else 0
+        if done > total:
+            raise UsageError(f"{folder}: {checkpoint} is beyond the {total} steps asked for; raise --max_train_steps")
 
-def _open_run(
-    config: object,
-    train: TrainConfig,
-    accelerator: Accelerator,
-    lock: TextIO | None,
-    num_images: int,
-    data_hash: str,
-    weights_file: str,
-    threads: int,
-) -> Run:
-    """Compare the settings with those of the run in the folder, and bring the folder to where the run goes on."""
-    folder = train.output_dir
-    saved = _read_yaml(folder / CONFIG)
-    seed = _choose_seed(train, saved)
-    settings = {**yaml.safe_load(yaml.safe_dump(configs.load.as_dict(config))), "seed": seed}
-    checkpoint = checkpoints.find(folder, train.resume_from_checkpoint)
-    if checkpoint or (folder / PROVENANCE).is_file():
-        _refuse_changes(folder, settings, saved, data_hash)
-    total = train.total_steps(num_images, accelerator.num_processes)
-    if (folder / weights_file).is_file() and _read_json(folder / PROVENANCE).get("steps") == total:
-        accelerator.print(f"{folder}: this run is finished ({total} steps); --overwrite starts anew")
-        raise SystemExit(0)
-
-    run = Run(
-        folder=folder,
-        accelerator=accelerator,
-        train=dataclasses.replace(train, seed=seed),
-        seed=seed,
-        total_steps=total,
-        config_hash=_hash_settings(settings),
-        checkpoint=checkpoint,
-        lock=lock,
-    )
-    done = checkpoints.step_of(checkpoint) if checkpoint else 0
-    before = _read_json(folder / ENVIRONMENT)
-    if checkpoint and before.get("threads") != threads:
-        run.say(f"note: {before.get('threads')} threads before, {threads} now: the result will not be bitwise the same")
-    if run.is_main:
-        (folder / CONFIG).write_text(yaml.safe_dump(settings, sort_keys=False, allow_unicode=True), encoding="utf-8")
-        environment = _environment(accelerator, threads) | {"data_hash": data_hash}
-        (folder / ENVIRONMENT).write_text(json.dumps(environment, indent=2) + "\n", encoding="utf-8")
-        _cut_metrics(folder / METRICS, done)
-        for path in (folder / weights_file, folder / PROVENANCE):
-            path.unlink(missing_ok=True)
-    if train.report_to != "none":
-        accelerator.init_trackers("tisserand", init_kwargs={"tensorboard": {"purge_step": done + 1}})
-    return run
+        run = Run(
+            folder=folder,
+            accelerator=accelerator,
+            train=dataclasses.replace(train, seed=seed),
+            seed=seed,
+            total_steps=total,
+            config_hash=_hash_settings(settings),
+            checkpoint=checkpoint,
+            lock=lock,
+        )
+        if checkpoint and machine.get("threads") != threads:
+            then = machine.get("threads")
+            run.say(f"note: {then} threads before, {threads} now: the result will not be bitwise the same")
+        if run.is_main:
+            (folder / CONFIG).write_text(
+                yaml.safe_dump(settings, sort_keys=False, allow_unicode=True), encoding="utf-8"
+            )
+            environment = _environment(accelerator, threads) | {"data_hash": data_hash}
+            (folder / ENVIRONMENT).write_text(json.dumps(environment, indent=2) + "\n", encoding="utf-8")
+            _cut_metrics(folder / METRICS, done)
+            for path in (folder / weights_file, folder / PROVENANCE):
+                path.unlink(missing_ok=True)
+        if train.report_to != "none":
+            accelerator.init_trackers("tisserand", init_kwargs={"tensorboard": {"purge_step": done + 1}})
+        on_refusal.pop_all()
+        return run
 
 
 def _check_tracker(name: str) -> None:
@@ -303,7 +294,9 @@ def _choose_seed(train: TrainConfig, saved: dict[str, Any]) -> int:
     return int(broadcast_object_list([secrets.randbelow(2**31)])[0])
 
 
-def _refuse_changes(folder: Path, settings: dict[str, Any], saved: dict[str, Any], data_hash: str) -> None:
+def _refuse_changes(
+    folder: Path, settings: dict[str, Any], saved: dict[str, Any], saved_hash: str | None, data_hash: str
+) -> None:
     """Refuse to continue a run under other settings or on other images."""
     names = sorted((settings.keys() | saved.keys()) - CHANGEABLE)
     changed = [name for name in names if settings.get(name) != saved.get(name)]
@@ -312,7 +305,7 @@ def _refuse_changes(folder: Path, settings: dict[str, Any], saved: dict[str, Any
         raise UsageError(
             f"--output_dir {folder}: holds a run begun with other settings: {text}; use --overwrite to start anew"
         )
-    if _read_json(folder / ENVIRONMENT).get("data_hash", data_hash) != data_hash:
+    if saved_hash not in (None, data_hash):
         raise UsageError(
             f"--train_data_dir {settings['train_data_dir']}: images or captions differ from those the run in {folder} "
             "began with; use --overwrite to start anew"
