@@ -196,6 +196,11 @@ def _notes(config: FidelityConfig, real: RealSlices, generated: Generated, drawn
         f"{len(drawn.held_out)} held-out real tiles, {len(drawn.learning)} to learn from; "
         f"tiles of {tile} px at native scale"
     )
+    if not {(row.height, row.width) for row in real.train} & set(shapes):
+        yield (
+            "note: real slices have another size than generated ones; both are read pixel for pixel; that is wrong if "
+            "training resized its pictures: slice with --fit tile at the training size"
+        )
     if generated.num_other:
         yield f"note: {generated.num_other} pictures whose prompt is not a caption of the dataset are left out"
     flat = drawn.learning.num_flat + drawn.aside.num_flat + drawn.held_out.num_flat

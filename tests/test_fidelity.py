@@ -191,6 +191,20 @@ def test_without_validation_everything_is_grey_as_leak_unchecked(tmp_path: Path)
             assert "leak unchecked" in row.reason
 
 
+def test_slices_of_another_size_are_compared_with_a_warning(
+    dataset: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    generated = write_generated(tmp_path / "slices", each=2)
+    for path in generated.glob("*.png"):
+        Image.open(path).resize((48, 40)).save(path)
+    records = (
+        (generated / "records.jsonl").read_text().replace('"height": 32, "width": 32', '"height": 40, "width": 48')
+    )
+    (generated / "records.jsonl").write_text(records)
+    main(replace(config(dataset, generated, tmp_path / "out"), classifier_steps=1))
+    assert "note: real slices have another size than generated ones" in capsys.readouterr().out
+
+
 def test_a_folder_without_records_is_one_clear_line(dataset: Path, tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"--generated .*: no records\.jsonl; give a folder written by python -m eval"):
         main(config(dataset, tmp_path, tmp_path / "out"))
