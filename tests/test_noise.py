@@ -51,7 +51,7 @@ def test_zero_terminal_schedule_ends_in_pure_noise() -> None:
 
 
 def test_epsilon_with_a_zero_terminal_schedule_is_refused() -> None:
-    with pytest.raises(UsageError, match="--prediction_type epsilon.*v_prediction"):
+    with pytest.raises(UsageError, match=r"--prediction_type epsilon.*v_prediction"):
         from_scheduler(DDPMScheduler(rescale_betas_zero_snr=True).config)
 
 
