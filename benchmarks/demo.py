@@ -43,15 +43,8 @@ def commands(config: DemoConfig) -> dict[str, list[list[str]]]:
     out, seed = config.output_dir, str(config.seed)
     volumes = {state: out / "volumes" / f"{state}.tif" for state in SHAPES}
     module = [sys.executable, "-m"]
-    launch = [
-        str(Path(sys.executable).with_name("accelerate")),
-        "launch",
-        "--num_processes",
-        "1",
-        "--num_machines",
-        "1",
-    ]
-    launch += ["--mixed_precision", "no", "--dynamo_backend", "no"]
+    launch = [str(Path(sys.executable).with_name("accelerate")), "launch"]
+    launch += ["--config_file", "configs/accelerate/cpu.yaml"]
     model = ["--pretrained_model_name_or_path", BASE]
     phantoms = [
         [*module, "data_prep.phantom", "--state", state, "--shape", *map(str, shape), "--seed", seed]
