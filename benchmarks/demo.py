@@ -18,6 +18,7 @@ import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from configs.errors import TisserandError
 from configs.load import command
@@ -116,30 +117,45 @@ def _hash_of(folder: Path, pattern: str) -> str:
     return digest.hexdigest()
 
 
-def _measured(folder: Path) -> dict[str, float]:
+def _measured(folder: Path) -> dict[str, float | str]:
     """Pick the headline numbers out of the results."""
-    wanted = {
-        "fidelity": {"accuracy_state", "accuracy_axis", "agreement_state", "agreement_axis", "kid_floor_ratio"},
-        "drift": {"worst_prompt"},
-    }
-    numbers: dict[str, float] = {}
-    for name, metrics in wanted.items():
-        for line in (folder / name / "results.jsonl").read_text(encoding="utf-8").splitlines():
-            row = json.loads(line)
-            if row["metric"] in metrics and row["value"] is not None:
-                numbers[" ".join(filter(None, [row["metric"], row["set"], row["prompt"]]))] = row["value"]
+    numbers: dict[str, float | str] = {}
+    for row in _rows(folder / "fidelity"):
+        if not row["prompt"] and row["metric"].startswith(("accuracy_", "agreement_", "kid_floor_ratio")):
+            numbers[f"{row['metric']} {row['set']}"] = row["value"]
+    for row in _rows(folder / "drift"):
+        if row["metric"] == "worst_prompt":
+            numbers |= {"worst prompt": row["prompt"], f"its {row['unit']}": row["value"], "drift": row["verdict"]}
     return numbers
 
 
-def _summarize(out: Path, times: dict[str, float], peak_gb: float, measured: dict[str, float]) -> None:
-    """Print the summary."""
-    spent = ", ".join(f"{stage} {seconds:.0f}" for stage, seconds in times.items())
-    print(f"\nDone in {sum(times.values()) / 60:.1f} min ({spent} s), at most {peak_gb:.1f} GB in one process.")
-    for name, value in measured.items():
-        print(f"  {name}: {value:.3f}")
-    print(f"Open {out / 'report.html'}.")
-    print("On your own volume:")
-    print("  python -m data_prep.slice --volumes dry=YOUR.tif --fit tile --tile_size 512 --output_dir data/mine")
+def _rows(folder: Path) -> list[dict[str, Any]]:
+    """Read results.jsonl."""
+    return [json.loads(line) for line in (folder / "results.jsonl").read_text(encoding="utf-8").splitlines()]
+
+
+def _summarize(out: Path, times: dict[str, float], peak_gb: float, measured: dict[str, float | str]) -> None:
+    """Print ten lines: what it cost, what was measured, where to look, and how to go on with one's own volume."""
+
+    def shown(name: str) -> str:
+        value = measured.get(name)
+        return f"{value:.2f}" if isinstance(value, float) else str(value)
+
+    spent = ", ".join(f"{stage} {seconds:.0f} s" for stage, seconds in times.items())
+    real, alike, asked = "held_out", "held_out_matched", "generated"
+    print(f"""
+Done in {sum(times.values()) / 60:.1f} min and at most {peak_gb:.1f} GB: {spent}.
+Classifier on held-out real tiles: state {shown(f"accuracy_state {real}")}, axis {shown(f"accuracy_axis {real}")}; \
+state with one histogram for all {shown(f"accuracy_state {alike}")}.
+Generated slices that show the state of their prompt {shown(f"agreement_state {asked}")}, \
+its axis {shown(f"agreement_axis {asked}")}.
+Distance to real slices over the distance among real ones: {shown(f"kid_floor_ratio {asked}")}.
+Drift: {shown("drift")}; worst prompt '{shown("worst prompt")}'.
+Look at       {out / "report.html"}
+Pictures      {out / "slices" / "contact_sheet.png"}, {out / "drift" / "side_by_side.png"}
+Your volume   python -m data_prep.slice --volumes dry=YOUR.tif --fit tile --tile_size 512 --output_dir data/mine
+Then          accelerate launch finetune/lora.py --train_data_dir data/mine/train --output_dir runs/mine \
+--pretrained_model_name_or_path FOLDER_OR_HUB_ID""")
 
 
 if __name__ == "__main__":
