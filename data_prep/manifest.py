@@ -7,6 +7,7 @@ import dataclasses
 import hashlib
 import json
 import shutil
+import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -89,13 +90,18 @@ def check_free(folder: Path, *, overwrite: bool = False) -> None:
 
 def _swap_in(partial: Path, target: Path) -> None:
     """Put the whole folder in place of the old one, which is deleted last."""
-    old = target.with_name(target.name + ".old")
-    if target.exists() and any(target.iterdir()):
-        if old.exists():
-            shutil.rmtree(old)
-        target.rename(old)
-    partial.rename(target)
-    shutil.rmtree(old, ignore_errors=True)
+    with tempfile.TemporaryDirectory(
+        prefix=f"{target.name}.old-", dir=target.parent, ignore_cleanup_errors=True
+    ) as old:
+        kept = Path(old) / target.name
+        if target.exists():
+            target.rename(kept)
+        try:
+            partial.rename(target)
+        except OSError:
+            if kept.exists():
+                kept.rename(target)
+            raise
 
 
 def write_rows(split_folder: Path, rows: Iterable[SliceRow]) -> None:

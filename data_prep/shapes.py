@@ -23,7 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import ndimage
 
-from configs.load import command
+from configs.load import command, save
 
 Picture = NDArray[np.uint8]
 Field = NDArray[np.float64]
@@ -361,6 +361,7 @@ def main(config: ShapesConfig) -> None:
                 name = f"{index:06d}.png"
                 Image.fromarray(pixels).save(train / name, compress_level=1)
                 rows.write(json.dumps({"file_name": name, "text": scene.caption}) + "\n")
+        save(config, folder / "config.yaml")
     print(f"{config.num_images} pictures in {config.output_dir}/train")
     print(f"next: python -m data_prep.verify {config.output_dir}")
 

@@ -129,3 +129,15 @@ def test_the_hash_is_of_the_whole_file(tmp_path: Path) -> None:
     content = bytes(range(256)) * 5000
     (tmp_path / "a").write_bytes(content)
     assert sha256_of(tmp_path / "a") == hashlib.sha256(content).hexdigest()
+
+
+def test_publishing_touches_no_folder_beside_its_own(tmp_path: Path) -> None:
+    for name in ("data.old", "data.old-1"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "mine.txt").write_text("kept")
+    for text in ("first", "second"):
+        with publish(tmp_path / "data", overwrite=True) as folder:
+            (folder / "manifest.json").write_text(text)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["data", "data.old", "data.old-1"]
+    assert (tmp_path / "data.old" / "mine.txt").read_text() == "kept"
+    assert (tmp_path / "data" / "manifest.json").read_text() == "second"

@@ -74,6 +74,7 @@ def test_small_world_shares_no_caption_word_with_slices() -> None:
 
 def test_command_writes_a_captioned_folder(tmp_path: Path) -> None:
     main(ShapesConfig(output_dir=tmp_path / "shapes", num_images=5, resolution=32, seed=2))
+    main(ShapesConfig(output_dir=tmp_path / "shapes", num_images=5, resolution=32, seed=2, overwrite=True))
     rows = [json.loads(line) for line in (tmp_path / "shapes/train/metadata.jsonl").read_text().splitlines()]
     assert [row["file_name"] for row in rows] == [f"{index:06d}.png" for index in range(5)]
     scene, pixels = picture(2, 3, 32)
