@@ -11,7 +11,7 @@ WORKERS ?= 2
 PYTEST := HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(PY) -m pytest
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test format slow browser gpu lock clean
+.PHONY: help setup demo test format slow browser lock clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 16
@@ -44,9 +44,6 @@ slow: setup ## the tests that take minutes
 
 browser: setup ## look at the report in a headless browser
 	$(PYTEST) -m browser
-
-gpu: setup ## the tests that need a CUDA device
-	HF_HUB_OFFLINE=1 $(PY) -m pytest -m gpu
 
 lock: setup ## move every dependency but torch to its newest version and write requirements.lock
 	$(PY) -m pip install --upgrade --upgrade-strategy eager --editable '.[dev]' "$$(grep ^torch== requirements.lock)"
