@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import re
 import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -279,7 +278,7 @@ def _save_pictures(
         (folder / role).mkdir()
         for p, probe in enumerate(probes):
             for s, seed in enumerate(seeds):
-                name = f"{role}/{probe.set}-{re.sub('[^A-Za-z0-9_-]+', '-', probe.id)}-seed{seed:04d}.png"
+                name = f"{role}/{probe.set}-{probe.id}-seed{seed:04d}.png"
                 Image.fromarray(pictures[p, s]).save(folder / name)
                 numbers = per_picture[p * len(seeds) + s] if role == "tuned" else {}
                 record = {"file_name": name, "model": role, "set": probe.set, "id": probe.id, "prompt": probe.prompt}

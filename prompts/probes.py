@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,6 +26,10 @@ from configs.errors import UsageError
 FOLDER = Path(__file__).with_name("probes")
 LONGEST_PROMPT = 1000
 MOST_PROBES = 1000
+NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_-]{0,63}")  # set names and ids become file names
+ALLOWED = "letters a-z, digits, _ and -, at most 64, not first a -"
+RESERVED = {"control", "captions"}
+"""Sets of the results that are not probes."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,14 +106,24 @@ def _from_sets(content: object, where: str) -> list[Probe]:
     light = content.get("light")
     found: list[Probe] = []
     for name, group in content["sets"].items():
+        if not NAME.fullmatch(str(name)) or name in RESERVED:
+            raise UsageError(f"{where}: set {name!r}: {ALLOWED}, and neither of {', '.join(sorted(RESERVED))}")
         prompts = group.get("probes") if isinstance(group, dict) else None
         if not isinstance(prompts, dict) or not all(isinstance(key, str) for key in prompts):
             raise UsageError(f"{where}: set {name} needs 'probes:' with lines 'id: prompt' (ids are text; quote them?)")
+        if bad := [key for key in prompts if not NAME.fullmatch(key)]:
+            raise UsageError(f"{where}: id {bad[0]!r} of set {name}: {ALLOWED}")
         for key, prompt in zip(prompts, checked_prompts(list(prompts.values()), f"{where}: set {name}"), strict=True):
             found.append(Probe(id=key, prompt=prompt, set=str(name), is_light=light is None or key in light))
     ids = [probe.id for probe in found]
     if repeated := sorted({key for key in ids if ids.count(key) > 1}):
         raise UsageError(f"{where}: ids must be unique, and these are not: {', '.join(repeated)}")
+    files: dict[str, Probe] = {}
+    for probe in found:
+        other = files.setdefault(f"{probe.set}-{probe.id}".lower(), probe)
+        if other is not probe:
+            pair = f"{other.id} of set {other.set} and {probe.id} of set {probe.set}"
+            raise UsageError(f"{where}: {pair} would write the same picture files; rename one")
     if light is not None and (not isinstance(light, list) or set(light) - set(ids)):
         raise UsageError(f"{where}: 'light:' must list ids of this file")
     return found
