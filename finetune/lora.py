@@ -44,14 +44,26 @@ class LoraRun:
 
 def main(config: LoraRun) -> None:
     """Train the adapters and save them."""
+    from contextlib import suppress
+
+    from configs.errors import UsageError
     from finetune.core.batches import data_hash, read_images
-    from finetune.core.models import LORA_FILE, check_folder
+    from finetune.core.models import LORA_FILE, check_folder, model_hash
     from finetune.core.run import start_run
 
-    images = read_images(config.images, config.train.seed or 0)
-    check_folder(config.model.pretrained_model_name_or_path)
+    images, source, base_hash = read_images(config.images), config.model, None
+    check_folder(source.pretrained_model_name_or_path)
+    with suppress(UsageError):  # a model of the hub that is not downloaded yet
+        base_hash = model_hash(
+            source.pretrained_model_name_or_path, revision=source.revision, cache_dir=source.cache_dir
+        )
     with start_run(
-        config, config.train, num_images=len(images), data_hash=data_hash(images), weights_file=LORA_FILE
+        config,
+        config.train,
+        num_images=len(images),
+        data_hash=data_hash(images),
+        weights_file=LORA_FILE,
+        base_hash=base_hash,
     ) as run:
         train_lora(run, config, images)
 

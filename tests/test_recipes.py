@@ -107,7 +107,7 @@ def test_the_written_config_runs_again_to_the_same_weights(train: Train, tmp_pat
 
 
 def test_a_missing_seed_is_drawn_once_and_written(train: Train, tmp_path: Path) -> None:
-    folder = train("--seed", "null")
+    folder = train("--seed", "null", "--max_train_samples", 4)
     main(load(LoraRun, ["--config", str(folder / "config.yaml"), "--output_dir", str(tmp_path / "again")]))
     assert (tmp_path / "again" / LORA_FILE).read_bytes() == (folder / LORA_FILE).read_bytes()
 
@@ -128,6 +128,76 @@ def test_a_finished_run_goes_on_to_more_steps(train: Train, tmp_path: Path) -> N
     train("--output_dir", tmp_path / "whole", "--max_train_steps", 8)
     assert (folder / LORA_FILE).read_bytes() == (tmp_path / "whole" / LORA_FILE).read_bytes()
     assert untimed(folder / "metrics.jsonl") == untimed(tmp_path / "whole" / "metrics.jsonl")
+
+
+def test_a_finished_run_without_a_checkpoint_is_kept(train: Train) -> None:
+    folder = train("--checkpointing_steps", 100)
+    before = (folder / LORA_FILE).read_bytes()
+    with pytest.raises(UsageError, match=r"--max_train_steps 12: .* finished run \(8 steps\) and no checkpoint"):
+        train("--checkpointing_steps", 100, "--max_train_steps", 12)
+    assert (folder / LORA_FILE).read_bytes() == before
+
+
+def test_going_on_keeps_the_weights_until_the_new_ones_are_there(train: Train) -> None:
+    folder = train()
+    before = (folder / LORA_FILE).read_bytes()
+    (folder / "checkpoint-6" / "learned.safetensors").write_bytes(b"damaged")
+    with pytest.raises(InputError, match="the checkpoint is damaged"):
+        train("--max_train_steps", 12)
+    assert (folder / LORA_FILE).read_bytes() == before
+
+
+def test_the_written_config_neither_clears_a_folder_nor_goes_back(train: Train) -> None:
+    train()
+    folder = train("--resume_from_checkpoint", "checkpoint-3", "--max_train_steps", 9)
+    config = load(LoraRun, ["--config", str(folder / "config.yaml")])
+    assert config.train.resume_from_checkpoint is None
+    folder = train("--overwrite")
+    assert not load(LoraRun, ["--config", str(folder / "config.yaml")]).train.overwrite
+
+
+def test_going_back_leaves_no_later_checkpoint(train: Train) -> None:
+    train("--checkpointing_steps", 2)
+    folder = train(
+        *("--resume_from_checkpoint", "checkpoint-2", "--max_train_steps", 5),
+        *("--checkpointing_steps", 2, "--checkpoints_total_limit", 1),
+    )
+    assert [path.name for path in folder.glob("checkpoint-*")] == ["checkpoint-4"]
+
+
+def test_a_checkpoint_elsewhere_does_not_mix_with_those_here(train: Train, tmp_path: Path) -> None:
+    folder = train()
+    train("--output_dir", tmp_path / "other")
+    with pytest.raises(UsageError, match=r"holds checkpoint-6 of its own"):
+        train("--max_train_steps", 9, "--resume_from_checkpoint", tmp_path / "other" / "checkpoint-3")
+    assert (folder / "checkpoint-6").is_dir()
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("processes", 2, "--num_processes of the launcher is 1, not the 2"),
+        ("mixed_precision", "bf16", "--mixed_precision of the launcher is no, not the bf16"),
+        ("base_hash", "0", r"--pretrained_model_name_or_path .*: its files differ"),
+    ],
+)
+def test_a_run_does_not_continue_in_another_environment(train: Train, name: str, value: object, message: str) -> None:
+    path = train() / "environment.json"
+    told = json.loads(path.read_text())
+    assert name in told
+    path.write_text(json.dumps(told | {name: value}))
+    with pytest.raises(UsageError, match=message):
+        train("--max_train_steps", 12)
+
+
+@pytest.mark.parametrize("place", ["..", ".", "", "a/../../b", "/"])
+def test_trackers_stay_in_the_run_folder(train: Train, tmp_path: Path, place: str) -> None:
+    folder = train()
+    (tmp_path / "thesis.tex").write_text("years of work")
+    with pytest.raises(UsageError, match=r"--logging_dir .*: must be a folder within --output_dir"):
+        train("--overwrite", f"--logging_dir={place}")
+    assert (tmp_path / "thesis.tex").exists()
+    assert (folder / LORA_FILE).exists()
 
 
 def test_a_checkpoint_elsewhere_is_taken_up(train: Train, tmp_path: Path) -> None:

@@ -82,7 +82,7 @@ class CaptionedImage:
     content: str
 
 
-def read_images(config: ImageFolderConfig, seed: int = 0) -> list[CaptionedImage]:
+def read_images(config: ImageFolderConfig) -> list[CaptionedImage]:
     """Read ``metadata.jsonl`` and check every image it names, without decoding them.
 
     Raises:
@@ -101,7 +101,8 @@ def read_images(config: ImageFolderConfig, seed: int = 0) -> list[CaptionedImage
     if not images:
         raise InputError(f"{metadata}: names no image")
     if config.max_train_samples is not None:
-        chosen = permutation(seed, -1, len(images))[: config.max_train_samples]
+        # Not by the run's seed, which may not be drawn yet; seeds then compare on the same images, too.
+        chosen = permutation(0, -1, len(images))[: config.max_train_samples]
         images = [images[place] for place in sorted(chosen.tolist())]
     return images
 

@@ -7,7 +7,7 @@ diffusers' ``train_text_to_image_lora.py`` unless the field says otherwise.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Literal
 
 
@@ -55,7 +55,7 @@ class ImageFolderConfig:
     caption_column: str = "text"
     """Key of metadata.jsonl that holds the caption."""
     max_train_samples: int | None = None
-    """Train on this many images, drawn by the seed; all if absent."""
+    """Train on this many images, drawn at random and the same whatever the seed; all if absent."""
     resolution: int | None = None
     """Side of the training pictures in px, a multiple of the VAE's scale factor; the model's own size if absent."""
     center_crop: bool = True
@@ -231,6 +231,9 @@ class TrainConfig:
         _need_not_negative(
             seed=self.seed, lr_warmup_steps=self.lr_warmup_steps, adam_weight_decay=self.adam_weight_decay
         )
+        logs = PurePath(self.logging_dir)
+        if logs.is_absolute() or not logs.parts or ".." in logs.parts:
+            raise _refuse("logging_dir", self.logging_dir, "must be a folder within --output_dir, such as logs")
         for flag, value in (("adam_beta1", self.adam_beta1), ("adam_beta2", self.adam_beta2)):
             if not 0 <= value < 1:
                 raise _refuse(flag, value, "must be in [0, 1)")

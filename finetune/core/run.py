@@ -114,7 +114,15 @@ class Run:
         _free(self.folder, self.lock)
 
 
-def start_run(config: object, train: TrainConfig, *, num_images: int, data_hash: str, weights_file: str) -> Run:
+def start_run(
+    config: object,
+    train: TrainConfig,
+    *,
+    num_images: int,
+    data_hash: str,
+    weights_file: str,
+    base_hash: str | None = None,
+) -> Run:
     """Start a run, or continue the one in ``--output_dir``; leave with 0 if it is finished.
 
     Nothing is written before the settings, the folder and the lock are found right.
@@ -125,10 +133,12 @@ def start_run(config: object, train: TrainConfig, *, num_images: int, data_hash:
         num_images: images of an epoch.
         data_hash: of the images and captions, from ``batches.data_hash``.
         weights_file: what the finished run leaves; goes with ``--overwrite``.
+        base_hash: of the model to start from, or None if it is not known yet.
 
     Raises:
         UsageError: a precision or tracker that is not there, a folder that is not a run, is in use by another process,
-            or holds a run that began with other settings; the settings are named.
+            or holds a run that began with other settings, another base model or other processes, or one that cannot go
+            on; what differs is named.
     """
     folder = train.output_dir
     _check_tracker(train.report_to)
@@ -144,16 +154,33 @@ def start_run(config: object, train: TrainConfig, *, num_images: int, data_hash:
         before = checkpoint.parent if checkpoint else folder
         saved, machine = _read_yaml(before / CONFIG), _read_json(before / ENVIRONMENT)
         seed = _choose_seed(train, saved)
-        settings = {**yaml.safe_load(yaml.safe_dump(configs.load.as_dict(config))), "seed": seed}
+        # What was asked of this start alone: a copy of the file must not clear a folder, or look for a checkpoint.
+        once = {"seed": seed, "overwrite": False, "resume_from_checkpoint": None}
+        settings = {**yaml.safe_load(yaml.safe_dump(configs.load.as_dict(config))), **once}
+        environment = _environment(accelerator, threads) | {"data_hash": data_hash, "base_hash": base_hash}
         if saved and (checkpoint or (folder / PROVENANCE).is_file()):
-            _refuse_changes(before, settings, saved, machine.get("data_hash"), data_hash)
+            _refuse_changes(before, settings, saved)
+            _refuse_other_inputs(before, settings, environment, machine)
         total = train.total_steps(num_images, accelerator.num_processes)
-        if (folder / weights_file).is_file() and _read_json(folder / PROVENANCE).get("steps") == total:
+        steps = _read_json(folder / PROVENANCE).get("steps")
+        if (folder / weights_file).is_file() and steps == total:
             accelerator.print(f"{folder}: this run is finished ({total} steps); --overwrite starts anew")
             raise SystemExit(0)
+        if (folder / weights_file).is_file() and checkpoint is None:
+            raise UsageError(
+                f"--max_train_steps {total}: {folder} holds the weights of a finished run ({steps or 'unknown'} steps) "
+                "and no checkpoint to go on from; --overwrite starts anew"
+            )
         done = checkpoints.step_of(checkpoint) if checkpoint else 0
         if done > total:
             raise UsageError(f"{folder}: {checkpoint} is beyond the {total} steps asked for; raise --max_train_steps")
+        own = checkpoints.checkpoints(folder)
+        if checkpoint and own and checkpoint.resolve() not in [path.resolve() for path in own]:
+            raise UsageError(
+                f"--resume_from_checkpoint {checkpoint}: {folder} holds {own[-1].name} of its own; leave the option "
+                "out to go on from there, or use --overwrite"
+            )
+        accelerator.wait_for_everyone()  # all have read what the first one changes now
 
         run = Run(
             folder=folder,
@@ -172,11 +199,12 @@ def start_run(config: object, train: TrainConfig, *, num_images: int, data_hash:
             (folder / CONFIG).write_text(
                 yaml.safe_dump(settings, sort_keys=False, allow_unicode=True), encoding="utf-8"
             )
-            environment = _environment(accelerator, threads) | {"data_hash": data_hash}
             (folder / ENVIRONMENT).write_text(json.dumps(environment, indent=2) + "\n", encoding="utf-8")
             _cut_metrics(folder / METRICS, done)
-            for path in (folder / weights_file, folder / PROVENANCE):
-                path.unlink(missing_ok=True)
+            (folder / PROVENANCE).unlink(missing_ok=True)
+            for path in own:
+                if checkpoints.step_of(path) > done:
+                    shutil.rmtree(path)
         if train.report_to != "none":
             accelerator.init_trackers("tisserand", init_kwargs={"tensorboard": {"purge_step": done + 1}})
         on_refusal.pop_all()
@@ -294,10 +322,8 @@ def _choose_seed(train: TrainConfig, saved: dict[str, Any]) -> int:
     return int(broadcast_object_list([secrets.randbelow(2**31)])[0])
 
 
-def _refuse_changes(
-    folder: Path, settings: dict[str, Any], saved: dict[str, Any], saved_hash: str | None, data_hash: str
-) -> None:
-    """Refuse to continue a run under other settings or on other images."""
+def _refuse_changes(folder: Path, settings: dict[str, Any], saved: dict[str, Any]) -> None:
+    """Refuse to continue a run under other settings."""
     names = sorted((settings.keys() | saved.keys()) - CHANGEABLE)
     changed = [name for name in names if settings.get(name) != saved.get(name)]
     if changed:
@@ -305,11 +331,21 @@ def _refuse_changes(
         raise UsageError(
             f"--output_dir {folder}: holds a run begun with other settings: {text}; use --overwrite to start anew"
         )
-    if saved_hash not in (None, data_hash):
-        raise UsageError(
-            f"--train_data_dir {settings['train_data_dir']}: images or captions differ from those the run in {folder} "
-            "began with; use --overwrite to start anew"
-        )
+
+
+def _refuse_other_inputs(folder: Path, settings: dict[str, Any], now: dict[str, Any], then: dict[str, Any]) -> None:
+    """Refuse to continue a run on other images, from another base model, or as other processes."""
+    path = {name: f"--{name} {settings.get(name)}" for name in ("train_data_dir", "pretrained_model_name_or_path")}
+    reasons = {
+        "data_hash": f"{path['train_data_dir']}: images or captions differ from",
+        "base_hash": f"{path['pretrained_model_name_or_path']}: its files differ from",
+        "processes": f"--num_processes of the launcher is {now['processes']}, not",
+        "mixed_precision": f"--mixed_precision of the launcher is {now['mixed_precision']}, not",
+    }
+    for name, reason in reasons.items():
+        if None not in (now[name], then.get(name)) and now[name] != then[name]:
+            was = "those" if name.endswith("_hash") else f"the {then[name]}"
+            raise UsageError(f"{reason} {was} the run in {folder} began with; use --overwrite to start anew")
 
 
 def _hash_settings(settings: dict[str, Any]) -> str:
