@@ -13,6 +13,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import shlex
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -56,7 +57,7 @@ class DriftConfig:
     full: bool = False
     """Ask all probes of the list, not only those of its short check."""
     num_images: int = 4
-    """Pictures per probe. Fewer than 4 are shown but not judged."""
+    """Pictures per probe. Fewer than 4 are shown but not judged; how far the predictions moved needs none."""
     seed: int = 0
     """The pictures of a probe have the seeds seed, seed + 1, ...; the base against itself takes the next ones."""
     num_timesteps: int = 8
@@ -105,7 +106,7 @@ class Evidence:
 
 def main(config: DriftConfig) -> None:
     """Make the pictures and predictions of both models, score them, and publish the folder when it is whole."""
-    from data_prep.manifest import check_free, publish
+    from data_prep.manifest import METADATA_NAME, check_free, publish, sha256_of
     from prompts.probes import probes_hash, read_probes
 
     check_free(config.output_dir, overwrite=config.overwrite)
@@ -114,7 +115,7 @@ def main(config: DriftConfig) -> None:
         raise UsageError(f"--probes {config.probes}: marks no probe as light; pass --full")
 
     from eval.drift_scores import score_drift
-    from eval.provenance import captions_of, dataset_of, pipeline_provenance
+    from eval.provenance import base_mismatch, captions_of, dataset_of, pipeline_provenance
     from eval.results import command_line, write_results
     from eval.sampling import load_tuned
     from finetune.core.models import model_hash
@@ -138,6 +139,14 @@ def main(config: DriftConfig) -> None:
     hashes |= {f"adapter {index}": str(item["hash"]) for index, item in enumerate(tuned.adapters)}
     if config.base is not None:
         hashes["tuned"] = model_hash(config.pretrained_model_name_or_path)
+    if config.real is not None and (metadata := _train_folder(config.real) / METADATA_NAME).is_file():
+        hashes["train"] = sha256_of(metadata)
+    # Adapters were trained on the model they sit on, a tuned pipeline on its base.
+    other = base_mismatch(tuned.provenances, hashes.get("tuned", hashes["base"]))
+    if config.base is not None:
+        other = other or base_mismatch(provenances[-1:], hashes["base"])
+    if other:
+        print(f"note: the adapter was trained on another base model ({other})", file=sys.stderr)
     evidence = gather(config, probes, base, tuned.models)
     detector, why_blind, controls = _learn_slices(config, base, evidence)
     rows, per_picture = score_drift(probes, evidence, detector, why_blind)
@@ -215,6 +224,10 @@ def gather(config: DriftConfig, probes: Sequence[Probe], base: Models, tuned: Mo
     )
 
 
+def _train_folder(real: Path) -> Path:
+    return real / "train" if (real / "train").is_dir() else real
+
+
 def _learn_slices(config: DriftConfig, base: Models, evidence: Evidence) -> tuple[LeakNet | None, str, list[Result]]:
     """Train the network that recognises training slices, and check it on slices and pictures it has not seen.
 
@@ -227,7 +240,7 @@ def _learn_slices(config: DriftConfig, base: Models, evidence: Evidence) -> tupl
     if config.real is None:
         return None, "no training slices to compare with; give --real DATASET", []
     size = (config.sampling.height or base.size_px, config.sampling.width or base.size_px)
-    train = config.real / "train" if (config.real / "train").is_dir() else config.real
+    train = _train_folder(config.real)
     slices = read_slices(train, size, limit=config.num_slices, seed=config.seed)
     if (config.real / "validation" / "metadata.jsonl").is_file():
         kept = read_slices(config.real / "validation", size, limit=max(16, config.num_slices // 3), seed=config.seed)

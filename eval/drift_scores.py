@@ -86,7 +86,7 @@ def score_drift(
 
 
 def _rows(score: Score, probes: Sequence[Probe], num_seeds: int) -> list[Result]:
-    """Cut one score into rows: the prompts of a set, then the set and its A/A band."""
+    """Cut one score into rows: the prompts of a set, then the set, each followed by its A/A band."""
     rows = []
     for name, members in _sets(probes).items():
         limits = limits_of(name)
@@ -98,9 +98,11 @@ def _rows(score: Score, probes: Sequence[Probe], num_seeds: int) -> list[Result]
                 rows.append(replace(row, reason=score.why_not))
                 continue
             value = score.of(one)
-            verdict, reason = judge_prompt(score.metric, value, score.band(one), limits, num_seeds)
+            band = score.band(one)
+            verdict, reason = judge_prompt(score.metric, value, band, limits, num_seeds)
             verdicts.append(verdict)
             rows.append(_with(row, value, num_seeds, float(score.floor[index]), verdict, reason))
+            rows.append(_band_row(row, band, num_seeds))
         members = members[score.counts[members]]
         count = len(members) * num_seeds
         row = Result(metric=score.metric, set=name, n=count, unit=score.unit)
@@ -108,11 +110,16 @@ def _rows(score: Score, probes: Sequence[Probe], num_seeds: int) -> list[Result]
             rows.append(replace(row, reason=score.why_not))
             continue
         value, band = score.of(members), score.band(members)
-        verdict, reason = judge_set(score.metric, value, band, limits, count, verdicts)
+        verdict, reason = judge_set(score.metric, value, band, limits, num_seeds, verdicts)
         rows.append(_with(row, value, len(members), float(score.floor[members].mean()), verdict, reason))
-        band_row = replace(row, metric=f"{score.metric}_aa")
-        rows.append(_with(band_row, band, len(members), None, "grey", "A/A band: the base against itself, other seeds"))
+        rows.append(_band_row(row, band, len(members)))
     return rows
+
+
+def _band_row(row: Result, band: Interval, n_eff: float) -> Result:
+    """Return the row of what the base shows against itself where ``row`` compares it with the tuned model."""
+    row = replace(row, metric=f"{row.metric}_aa")
+    return _with(row, band, n_eff, None, "grey", "A/A band: the base against itself, other seeds")
 
 
 def _sets(probes: Sequence[Probe]) -> dict[str, NDArray[np.int64]]:
@@ -139,10 +146,10 @@ def _overall(rows: Sequence[Result]) -> Result:
     """Return the row of the whole check: the worst verdict of all, and the prompt that fared worst."""
     of_prompts = {
         metric: [row for row in rows if row.metric == metric and row.prompt and row.value is not None]
-        for metric in ("retention", "divergence")
+        for metric in ("retention", "colourfulness_ratio", "divergence")
     }
-    if of_prompts["retention"]:
-        least = min(of_prompts["retention"], key=lambda row: row.value or 0.0)
+    if kept := of_prompts["retention"] or of_prompts["colourfulness_ratio"]:
+        least = min(kept, key=lambda row: row.value or 0.0)
     else:
         least = max(of_prompts["divergence"], key=lambda row: row.value or 0.0)
     verdict = worst([row.verdict for row in rows])

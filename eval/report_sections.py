@@ -127,7 +127,7 @@ def _finding(row: Result) -> str:
         "agreement_state": f"{value:.0%} show the state asked for",
         "agreement_axis": f"{value:.0%} show the axis asked for",
         "kid_floor_ratio": f"{value:.1f} times the distance between real slices",
-        "worst_prompt": f"Worst prompt: {row.prompt}, {row.unit} {value:.2f}",
+        "worst_prompt": f"Worst prompt: {row.prompt}, {row.unit.replace('_', ' ')} {value:.2f}",
     }.get(row.metric, f"{_sentence(row.metric.replace('_', ' '))} {value:.2f}")
     why = f": {row.reason.replace('_', ' ')}" if row.reason and row.verdict != "ok" else ""
     return f"{text}{why}."
@@ -328,7 +328,6 @@ def _drift(folder: Folder, pictures: Pictures) -> dict[str, Any]:
 def _drift_set(folder: Folder, name: str, pictures: Pictures) -> dict[str, Any]:
     """Lay out one probe set: a line for the whole, a card per prompt."""
     rows = [row for row in folder.rows if row.set == name]
-    bands = {row.metric.removesuffix("_aa"): row for row in rows if row.metric.endswith("_aa")}
     prompts = dict.fromkeys(row.prompt for row in rows if row.prompt)
     own = [row for row in rows if not row.prompt and not row.metric.endswith("_aa")]
     return {
@@ -336,7 +335,7 @@ def _drift_set(folder: Folder, name: str, pictures: Pictures) -> dict[str, Any]:
         "about": PROBE_SETS.get(name, ""),
         "verdict": worst([row.verdict for row in own]),
         "word": WORDS[worst([row.verdict for row in own])],
-        "scores": [_score(row, bands.get(row.metric)) for row in own if row.metric in DRIFT_METRICS],
+        "scores": _scores(rows, ""),
         "cards": [_probe(folder, name, prompt, rows, pictures) for prompt in prompts],
     }
 
@@ -355,18 +354,23 @@ def _probe(folder: Folder, name: str, prompt: str, rows: Sequence[Result], pictu
         "prompt": prompt,
         "verdict": verdict,
         "word": WORDS[verdict],
-        "scores": [_score(row, None) for row in own if row.metric in DRIFT_METRICS],
+        "scores": _scores(rows, prompt),
         "pictures": {model: [uri for uri in uris if uri] for model, uris in shown.items()},
     }
 
 
+def _scores(rows: Sequence[Result], prompt: str) -> list[dict[str, str]]:
+    """Write the scores of one prompt, or of the whole set for an empty one, each beside its A/A band."""
+    own = {row.metric: row for row in rows if row.prompt == prompt}
+    return [_score(row, own.get(f"{metric}_aa")) for metric, row in own.items() if metric in DRIFT_METRICS]
+
+
 def _score(row: Result, band: Result | None) -> dict[str, str]:
-    """Write one drift score with its A/A band, or with the floor of its prompt."""
+    """Write one drift score with its A/A band; the divergence, at equal seeds, has none."""
     written = line(row)
     beside = f"A/A {band.low:.2f} to {band.high:.2f}" if band and band.low is not None and band.high is not None else ""
     value = f"{row.value:.2f}" if row.value is not None else "-"
-    aside = beside or (f"A/A {row.floor:.2f}" if row.floor is not None and row.value is not None else "")
-    return {**written, "name": DRIFT_METRICS[row.metric], "value": value, "beside": aside}
+    return {**written, "name": DRIFT_METRICS[row.metric], "value": value, "beside": beside}
 
 
 def loss_curve(run: Run | None) -> dict[str, str] | None:

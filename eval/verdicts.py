@@ -74,7 +74,7 @@ def judge_prompt(metric: str, score: Interval, band: Interval, limits: Limits, p
         score: value and 95 % interval.
         band: A/A band of a single prompt.
         limits: of the prompt's set.
-        pictures: how many pictures the score is made of.
+        pictures: per prompt.
     """
     warn, stop = _pair(metric, limits)
     stop = limits.retention_stop_prompt if metric == "retention" else stop
@@ -100,7 +100,7 @@ def judge_set(
         score: mean over the prompts, with its interval.
         band: A/A band of a mean over so many prompts.
         limits: of the set.
-        pictures: in all.
+        pictures: per prompt; more prompts do not make up for pictures.
         prompts: verdicts of the single prompts.
     """
     warn, stop = _pair(metric, limits)

@@ -36,7 +36,7 @@ sets:
 IDEAL = Interval(value=1.0, low=1.0, high=1.0)
 
 
-def write_lora(base: Path, folder: Path, captions: list[str], data: Path | None = None) -> Path:
+def write_lora(base: Path, folder: Path, captions: list[str], data: Path | None = None, **more: object) -> Path:
     """Write a run folder with random adapters on the attention of a toy model."""
     from diffusers import StableDiffusionPipeline
     from diffusers.utils import convert_state_dict_to_diffusers
@@ -52,7 +52,7 @@ def write_lora(base: Path, folder: Path, captions: list[str], data: Path | None 
     layers = convert_state_dict_to_diffusers(get_peft_model_state_dict(unet))
     StableDiffusionPipeline.save_lora_weights(folder, unet_lora_layers=layers, safe_serialization=True)
     file = folder / "pytorch_lora_weights.safetensors"
-    save_file(load_file(file), file, metadata={"provenance": json.dumps({"captions": captions})})
+    save_file(load_file(file), file, metadata={"provenance": json.dumps({"captions": captions, **more})})
     if data is not None:
         (folder / "config.yaml").write_text(f"train_data_dir: {data / 'train'}\n")
     return folder
@@ -122,7 +122,7 @@ def test_the_folder_holds_every_picture_with_its_record(drifted: Path) -> None:
 
 def test_every_row_names_its_hashes_and_its_command(drifted: Path) -> None:
     for row in read_results(drifted / "results.jsonl"):
-        assert row.hashes.keys() == {"base", "probes", "adapter 0"}
+        assert row.hashes.keys() == {"base", "probes", "adapter 0", "train"}
         assert row.command.startswith("python -m eval.drift --pretrained_model_name_or_path ")
 
 
@@ -134,13 +134,15 @@ def test_the_training_slices_are_found_through_the_run(drifted: Path, lora: Path
 def test_without_training_slices_the_leak_is_grey_and_says_why(
     toy_sd: Path, probes: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    run = write_lora(toy_sd, tmp_path / "run", ["sf_dry"])
+    run = write_lora(toy_sd, tmp_path / "run", ["sf_dry"], base_model={"name": "another", "hash": "0"})
     main(settings(toy_sd, probes, tmp_path / "out", adapter=(run,)))
     rows = of(read_results(tmp_path / "out" / "results.jsonl"), "leak")
     assert [(row.value, row.verdict, row.reason) for row in rows] == [
         (None, "grey", "no training slices to compare with; give --real DATASET")
     ]
-    assert "leak not measured: no training slices" in capsys.readouterr().out
+    said = capsys.readouterr()
+    assert "leak not measured: no training slices" in said.out
+    assert "note: the adapter was trained on another base model (another)" in said.err
 
 
 def test_nothing_to_compare_is_refused(tmp_path: Path) -> None:
@@ -314,6 +316,41 @@ def test_other_seeds_of_the_base_raise_no_flag(detector: LeakNet, first: int) ->
     evidence = evidence_of(pictures_of(first), pictures_of(first + 40), pictures_of(first + 70))
     rows, _ = score_drift(listed, evidence, detector, "")
     assert {row.verdict for row in rows} <= {"ok", "grey"}
+
+
+def test_every_prompt_has_its_band_beside_its_score(detector: LeakNet) -> None:
+    base, again = pictures_of(500), pictures_of(700)
+    listed = [Probe(id=str(index), prompt=f"probe {index}", set="G3") for index in range(4)]
+    rows, _ = score_drift(listed, evidence_of(base, base, again), detector, "")
+    noise = np.log([row.floor for row in of(rows, "luminance_ratio") if row.prompt])
+    bands = [row for row in of(rows, "luminance_ratio_aa") if row.prompt]
+    # Student's t with 4 degrees of freedom leaves 0.05 % beyond 8.61.
+    half = 8.610 * np.sqrt(np.mean(noise**2))
+    assert [(row.prompt, row.low, row.high, row.verdict) for row in bands] == [
+        (f"probe {index}", pytest.approx(np.exp(-half), rel=1e-3), pytest.approx(np.exp(half), rel=1e-3), "grey")
+        for index in range(4)
+    ]
+
+
+def test_three_pictures_per_probe_are_not_judged_however_many_probes(detector: LeakNet) -> None:
+    base = pictures_of(500)[:, :3]
+    grey = base.mean(axis=-1, keepdims=True).repeat(3, axis=-1).astype(np.uint8)
+    listed = [Probe(id=str(index), prompt=f"probe {index}", set="G3") for index in range(4)]
+    rows, _ = score_drift(listed, evidence_of(grey, base, pictures_of(700)[:, :3]), detector, "")
+    scored = of(rows, "colourfulness_ratio") + of(rows, "leak") + of(rows, "retention")
+    assert {(row.verdict, row.reason) for row in scored} == {("grey", "3 pictures; 4 are needed to judge")}
+
+
+def test_without_a_detector_the_prompt_that_lost_most_colour_is_the_worst() -> None:
+    base = pictures_of(500)
+    grey = base.mean(axis=-1, keepdims=True)
+    kept = np.array([0.9, 0.5, 0.8, 1.0])[:, None, None, None, None]
+    evidence = evidence_of((grey + kept * (base - grey)).round().astype(np.uint8), base, base)
+    predictions = torch.arange(4.0).reshape(4, 1, 1, 1, 1, 1) + evidence.base_predictions
+    rows, _ = score_drift([Probe(id=str(i), prompt=f"p{i}", set="G3") for i in range(4)],
+                          dataclasses.replace(evidence, tuned_predictions=predictions), None, "no slices")  # fmt: skip
+    overall = next(row for row in rows if row.metric == "worst_prompt")
+    assert (overall.prompt, overall.unit) == ("p1", "colourfulness_ratio")
 
 
 def test_prompts_without_colour_are_left_out_of_the_colour_ratio() -> None:

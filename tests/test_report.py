@@ -105,8 +105,10 @@ def write_drift(folder: Path, prompt: str = "two zebras") -> Path:
     )
     whole = replace(row, prompt="", reason="1 of 1 prompts beyond the stop limit")
     band = replace(whole, metric="retention_aa", value=0.98, low=0.9, high=1.0, verdict="grey", reason="A/A band")
+    own = replace(row, metric="retention_aa", value=0.97, low=0.71, high=1.0, floor=None, verdict="grey")
+    moved = replace(row, metric="divergence_ratio", value=0.2, floor=0.0, verdict="warn", reason="moved")
     overall = replace(row, metric="worst_prompt", unit="retention", reason="retention in G0")
-    write_results(folder / "results.jsonl", [row, whole, band, overall])
+    write_results(folder / "results.jsonl", [row, own, moved, whole, band, overall])
     records = []
     for model in ("base", "tuned"):
         write_png(folder / model / "a.png")
@@ -125,6 +127,13 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> str:
     folder = tmp_path_factory.mktemp("report")
     run = write_run(folder / "lora", write_dataset(folder / "weave"))
     return render(folder / "report.html", run, write_fidelity(folder / "fidelity"), write_drift(folder / "drift"))
+
+
+def test_a_probe_shows_its_score_beside_its_own_band_and_the_divergence_alone(whole: str) -> None:
+    card = whole.partition("<span>two zebras</span>")[2].partition("</dl>")[0]
+    scores = [re.sub(r"<[^>]+>", " ", text).split() for text in card.partition("<dl")[2].splitlines()]
+    assert ["kept", "0.30", "A/A", "0.71", "to", "1.00"] in [words[-6:] for words in scores]
+    assert ["moved", "0.20"] in scores
 
 
 def test_each_question_shows_its_own_verdict(whole: str) -> None:
