@@ -42,6 +42,10 @@ class PretrainConfig:
     """Folder with metadata.jsonl (file_name, text) and square pictures of one size."""
     output_dir: Path
     """Pipeline folder to write; it must not exist. `<output_dir>.partial` keeps finished stages."""
+    start_from: Path | None = None
+    """Pipeline folder to go on from: its VAE and tokenizer are kept, its text encoder and U-Net learn on."""
+    max_train_samples: int | None = None
+    """Use the first so many pictures; None for all."""
     seed: int = 0
     """Seed of weights and draws."""
     vae_channels: tuple[int, ...] = (32, 64, 96)
@@ -69,7 +73,9 @@ class PretrainConfig:
     learning_rate: float = 1e-3
     """Peak of the one-cycle rate."""
     snr_gamma: float = 5.0
-    """Min-SNR weight (Hang et al. 2023, eq. 4 for epsilon)."""
+    """Largest weight on the error of the clean latents (min-SNR, Hang et al. 2023)."""
+    snr_floor: float = 0.0
+    """Least weight on it: 1 is the truncated SNR of Salimans & Ho 2022; 0 leaves it out."""
     caption_dropout: float = 0.1
     """Share of captions replaced by the empty one, for classifier-free guidance."""
     spelling_dropout: float = 0.15
@@ -87,32 +93,40 @@ def main(config: PretrainConfig) -> None:
     import time
 
     import torch
-    from diffusers import AutoencoderKL
+    from diffusers import AutoencoderKL, StableDiffusionPipeline
 
     from configs.errors import UsageError
 
+    if config.start_from and not (config.start_from / "model_index.json").is_file():
+        raise UsageError(f"--start_from {config.start_from}: not a pipeline folder (no model_index.json in it)")
     if config.output_dir.exists():
         raise UsageError(f"--output_dir {config.output_dir}: already there; choose another folder or remove it")
     start = time.monotonic()
     torch.manual_seed(config.seed)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    pictures, captions = _read_pictures(config.train_data_dir)
+    pictures, captions = _read_pictures(config.train_data_dir, config.max_train_samples)
     work = config.output_dir.with_name(config.output_dir.name + ".partial")
-    if (work / "vae" / "diffusion_pytorch_model.safetensors").is_file():
-        vae = AutoencoderKL.from_pretrained(work / "vae").to(device)
+    if config.start_from:
+        pipeline = StableDiffusionPipeline.from_pretrained(config.start_from)
+        vae, tokenizer = pipeline.vae.to(device), pipeline.tokenizer
+        text_encoder, unet = pipeline.text_encoder, pipeline.unet
+        moments = _moments(vae, pictures, device)
     else:
-        vae = _train_vae(config, pictures, device)
-        vae.save_pretrained(work / "vae")
-    moments = _moments(vae, pictures, device)
-    tokenizer = _train_tokenizer(config, captions, work)
-    text_encoder, unet = _new_denoiser(config, tokenizer, moments.shape[-1])
+        if (work / "vae" / "diffusion_pytorch_model.safetensors").is_file():
+            vae = AutoencoderKL.from_pretrained(work / "vae").to(device)
+        else:
+            vae = _train_vae(config, pictures, device)
+            vae.save_pretrained(work / "vae")
+        moments = _moments(vae, pictures, device)
+        tokenizer = _train_tokenizer(config, captions, work)
+        text_encoder, unet = _new_denoiser(config, tokenizer, moments.shape[-1])
     _train_denoiser(config, (moments, captions), (vae, tokenizer, text_encoder, unet), work, device)
     work.rename(config.output_dir)
     print(f"{config.output_dir} written after {(time.monotonic() - start) / 60:.0f} min")
     print(f"next: python benchmarks/tiny_sd.py --pretrained_model_name_or_path {config.output_dir}")
 
 
-def _read_pictures(folder: Path) -> tuple[NDArray[np.uint8], list[str]]:
+def _read_pictures(folder: Path, most: int | None) -> tuple[NDArray[np.uint8], list[str]]:
     """Read all pictures (N, H, W, 3) uint8 and their captions."""
     import json
 
@@ -127,7 +141,7 @@ def _read_pictures(folder: Path) -> tuple[NDArray[np.uint8], list[str]]:
         raise InputError(
             f"--train_data_dir {folder}: no metadata.jsonl in it; write one with python -m data_prep.shapes"
         )
-    rows = [json.loads(line) for line in table.read_text(encoding="utf-8").splitlines()]
+    rows = [json.loads(line) for line in table.read_text(encoding="utf-8").splitlines()][:most]
     pictures = [
         np.asarray(Image.open(folder / row["file_name"]).convert("RGB")) for row in tqdm(rows, "reading", disable=None)
     ]
@@ -394,7 +408,7 @@ def _train_denoiser(
             noisy = scheduler.add_noise(latents, noise, timesteps.to(device))
             prediction = unet(noisy, timesteps.to(device), embeds).sample
         snr = compute_snr(scheduler, timesteps.to(device))
-        weight = snr.clamp(max=config.snr_gamma) / snr
+        weight = snr.clamp(config.snr_floor, config.snr_gamma) / snr  # of the epsilon error
         loss = (weight * (prediction.float() - noise).square().mean(dim=(1, 2, 3))).mean()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(weights, 1.0)

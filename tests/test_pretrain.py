@@ -80,6 +80,16 @@ def test_same_seed_gives_the_same_weights(shapes: Path, trained: Path, tmp_path:
     assert all(torch.equal(first[key], second[key]) for key in first)
 
 
+def test_going_on_keeps_vae_and_tokenizer_and_moves_the_denoiser(shapes: Path, trained: Path, tmp_path: Path) -> None:
+    going_on = {**TINY, "max_train_samples": 8, "snr_floor": 1.0}
+    main(PretrainConfig(train_data_dir=shapes, output_dir=tmp_path / "on", start_from=trained, **going_on))
+    for name in ("vae/diffusion_pytorch_model.safetensors", "tokenizer/tokenizer.json"):
+        assert (tmp_path / "on" / name).read_bytes() == (trained / name).read_bytes()
+    for name in ("unet/diffusion_pytorch_model.safetensors", "text_encoder/model.safetensors"):
+        before, after = load_file(trained / name), load_file(tmp_path / "on" / name)
+        assert all((before[key] != after[key]).any() for key in before if before[key].is_floating_point())
+
+
 def test_latents_have_unit_spread_after_scaling(trained: Path, shapes: Path) -> None:
     pipeline = StableDiffusionPipeline.from_pretrained(trained)
     pictures = np.stack([np.asarray(image) for image in _images(shapes)]).transpose(0, 3, 1, 2)
