@@ -283,8 +283,7 @@ def _distance_rows(sets: Sets, naming: Naming, blocked: str, draws: int, seed: i
         row = replace(
             base, set="generated", prompt=naming.caption(cell), n=count, n_eff=_pick(sets.held_out, one).num_blocks
         )
-        few = f"{count} tiles a side, judged from {FEWEST_FOR_KID}"
-        rows.append(_with(row, interval, floor=between.value, reason=blocked or few))
+        rows.append(_with(row, interval, floor=between.value, reason=blocked or "shown per caption, not judged"))
     return rows
 
 

@@ -258,8 +258,8 @@ def seen(each: int, *, wrong: float = 0.0, shift: float = 0.0, seed: int = 0) ->
     )
 
 
-def judged(**changes: object) -> dict[tuple[str, str], Result]:
-    """Return the rows over all captions of a check in which everything is in order, but for the changes."""
+def all_rows(**changes: object) -> list[Result]:
+    """Return the rows of a check in which everything is in order, but for the changes."""
     sets = Sets(
         held_out=seen(40, seed=1),
         held_out_matched=seen(40, seed=1),
@@ -271,7 +271,12 @@ def judged(**changes: object) -> dict[tuple[str, str], Result]:
         no_vae="",
         leak_unchecked="",
     )
-    rows = fidelity_rows(replace(sets, **changes), NAMING, draws=100, seed=0)
+    return fidelity_rows(replace(sets, **changes), NAMING, draws=100, seed=0)
+
+
+def judged(**changes: object) -> dict[tuple[str, str], Result]:
+    """Return those over all captions."""
+    rows = all_rows(**changes)
     return {(row.metric, row.set): row for row in rows if not row.prompt}
 
 
@@ -311,6 +316,11 @@ def test_without_a_vae_the_prompt_cells_are_grey_and_the_distance_is_not() -> No
     assert rows["agreement_state", "generated"].reason == "no VAE round trip: the model is gone"
     assert rows["agreement_state", "generated"].verdict == "grey"
     assert rows["kid_floor_ratio", "generated"].verdict == "ok"
+
+
+def test_the_distance_of_a_caption_never_promises_a_verdict() -> None:
+    single = [row for row in all_rows() if row.prompt and row.metric == "kid"]
+    assert [(row.verdict, row.reason) for row in single] == [("grey", "shown per caption, not judged")] * 4
 
 
 def test_few_pictures_are_shown_and_not_judged() -> None:
