@@ -16,8 +16,7 @@ from configs.errors import InputError, UsageError
 
 METADATA_NAME = "metadata.jsonl"
 MANIFEST_NAME = "manifest.json"
-# One of these shows that a folder was written by a command of this project, and may be replaced on request.
-_OWN_FILES = (MANIFEST_NAME, "config.yaml")
+_LONGEST_NAME = 255  # bytes; of file systems in use
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,58 +49,78 @@ class SliceRow:
 
 
 @contextlib.contextmanager
-def publish(folder: Path, *, overwrite: bool = False) -> Iterator[Path]:
-    """Yield ``<folder>.partial`` to write into; rename it to ``folder`` on success, remove it on failure.
+def publish(folder: Path, *, overwrite: bool = False, mark: str) -> Iterator[Path]:
+    """Yield a new folder to write into; rename it to ``folder`` on success, remove it on failure.
 
-    With ``overwrite`` the old folder stays in place until the new one is whole.
+    It is made beside ``folder`` under a name that nothing had. With ``overwrite`` the old folder stays in place until
+    the new one is whole.
+
+    Args:
+        folder: where the output belongs.
+        overwrite: replace a folder that holds files.
+        mark: a file of every output of the calling command; a folder without it is not replaced at all.
 
     Raises:
-        UsageError: ``folder`` is a file; it is not empty and ``overwrite`` is False; or it holds nothing that shows
-            that a command of this project wrote it, and is therefore not replaced at all.
+        UsageError: as ``check_free``.
     """
-    check_free(folder, overwrite=overwrite)
+    check_free(folder, overwrite=overwrite, mark=mark)
     target = folder.resolve()
-    partial = target.with_name(target.name + ".partial")
-    if partial.exists():
-        shutil.rmtree(partial)
-    partial.mkdir(parents=True)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    room = Path(tempfile.mkdtemp(prefix=f"{target.name}.partial-", dir=target.parent))
+    # A folder inside it has the permissions that the user's other folders have.
+    partial, old = room / "new", room / "old"
     try:
+        partial.mkdir()
         yield partial
-        _swap_in(partial, target)
+        if target.exists():
+            target.rename(old)
+        partial.rename(target)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
+        with contextlib.suppress(OSError):  # what was there before is kept, in `room` if it cannot go back
+            if old.exists():
+                old.rename(target)
+            room.rmdir()
         raise
+    shutil.rmtree(room, ignore_errors=True)
 
 
-def check_free(folder: Path, *, overwrite: bool = False) -> None:
-    """Raise UsageError now if ``publish`` would refuse this folder, before any work is done for it."""
+def check_free(folder: Path, *, overwrite: bool = False, mark: str) -> None:
+    """Raise UsageError now if ``publish`` would refuse this folder, before any work is done for it.
+
+    Raises:
+        UsageError: ``folder`` is a file, or lies where nothing can be written; it is not empty and ``overwrite`` is
+            False; or it does not hold the ``mark``.
+    """
+    check_writable(folder, "--output_dir")
     if folder.exists() and not folder.is_dir():
         raise UsageError(f"--output_dir {folder}: is a file; name a folder")
     if not folder.is_dir() or not any(folder.iterdir()):
         return
     if not overwrite:
         raise UsageError(f"--output_dir {folder}: already holds files; name another folder or pass --overwrite")
-    if not any((folder / name).is_file() for name in _OWN_FILES):
+    if not (folder / mark).is_file():
         raise UsageError(
-            f"--output_dir {folder}: --overwrite replaces only folders that hold {' or '.join(_OWN_FILES)}, "
-            "and this one holds other files; name another folder"
+            f"--output_dir {folder}: --overwrite replaces only an earlier output of this command, which holds {mark}; "
+            "this one holds other files; name another folder"
         )
 
 
-def _swap_in(partial: Path, target: Path) -> None:
-    """Put the whole folder in place of the old one, which is deleted last."""
-    with tempfile.TemporaryDirectory(
-        prefix=f"{target.name}.old-", dir=target.parent, ignore_cleanup_errors=True
-    ) as old:
-        kept = Path(old) / target.name
-        if target.exists():
-            target.rename(kept)
-        try:
-            partial.rename(target)
-        except OSError:
-            if kept.exists():
-                kept.rename(target)
-            raise
+def check_writable(path: Path, flag: str) -> None:
+    """Check that ``path`` could be made, by making something beside it, or above it where folders are missing.
+
+    Raises:
+        UsageError: it could not; the message names ``flag`` and ``path``.
+    """
+    try:
+        target = path.resolve()
+        existing = next(folder for folder in (target.parent, *target.parents) if folder.exists())
+        with tempfile.TemporaryDirectory(prefix=f"{target.name}.partial-", dir=existing):
+            pass
+    # Without `strict` a link to itself is a RuntimeError.
+    except (OSError, RuntimeError) as error:
+        reason = getattr(error, "strerror", None) or "a link that leads to itself"
+        raise UsageError(f"{flag} {path}: cannot be written there ({reason}); name another place") from None
 
 
 def write_rows(split_folder: Path, rows: Iterable[SliceRow]) -> None:

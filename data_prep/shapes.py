@@ -320,6 +320,10 @@ _PATTERNS: dict[str, Callable[[Field, Field, np.random.Generator], Field]] = {
 }
 
 
+# Not config.yaml, which every command writes: it tells drawn shapes from folders that somebody needs.
+SETTINGS_NAME = "shapes.yaml"
+
+
 @dataclass(frozen=True, kw_only=True)
 class ShapesConfig:
     """Settings of ``python -m data_prep.shapes``."""
@@ -352,7 +356,7 @@ def main(config: ShapesConfig) -> None:
 
     from data_prep.manifest import publish
 
-    with publish(config.output_dir, overwrite=config.overwrite) as folder:
+    with publish(config.output_dir, overwrite=config.overwrite, mark=SETTINGS_NAME) as folder:
         train = folder / "train"
         train.mkdir()
         with (train / "metadata.jsonl").open("w", encoding="utf-8") as rows:
@@ -361,7 +365,7 @@ def main(config: ShapesConfig) -> None:
                 name = f"{index:06d}.png"
                 Image.fromarray(pixels).save(train / name, compress_level=1)
                 rows.write(json.dumps({"file_name": name, "text": scene.caption}) + "\n")
-        save(config, folder / "config.yaml")
+        save(config, folder / SETTINGS_NAME)
     print(f"{config.num_images} pictures in {config.output_dir}/train")
     print(f"next: python -m data_prep.verify {config.output_dir}")
 

@@ -43,7 +43,7 @@ _Seen = tuple[int, NDArray[np.float32]]
 
 def main(config: SliceConfig) -> None:
     """Plan, cut, verify and publish."""
-    manifest.check_free(config.output_dir, overwrite=config.overwrite)
+    manifest.check_free(config.output_dir, overwrite=config.overwrite, mark=manifest.MANIFEST_NAME)
     words = read_vocabulary(config.vocabulary) if config.vocabulary else DEFAULT
     plans = make_plans(config, words)
     for warning in _warnings(plans, config):
@@ -53,7 +53,7 @@ def main(config: SliceConfig) -> None:
         print(f"dry run: nothing was written to {config.output_dir}")
         return
     _check_disk(config.output_dir, plans)
-    with manifest.publish(config.output_dir, overwrite=config.overwrite) as folder:
+    with manifest.publish(config.output_dir, overwrite=config.overwrite, mark=manifest.MANIFEST_NAME) as folder:
         rows: dict[str, list[SliceRow]] = {}
         for picture in (picture for plan in plans for picture in plan.all_pictures):
             rows.setdefault(picture.split, []).append(picture.row)

@@ -109,7 +109,7 @@ def main(config: DriftConfig) -> None:
     from data_prep.manifest import METADATA_NAME, check_free, publish, sha256_of
     from prompts.probes import probes_hash, read_probes
 
-    check_free(config.output_dir, overwrite=config.overwrite)
+    check_free(config.output_dir, overwrite=config.overwrite, mark="results.jsonl")
     probes = [probe for probe in read_probes(config.probes) if config.full or probe.is_light]
     if not probes:
         raise UsageError(f"--probes {config.probes}: marks no probe as light; pass --full")
@@ -153,7 +153,7 @@ def main(config: DriftConfig) -> None:
     repeat = command_line("eval.drift", config)
     rows = [dataclasses.replace(row, hashes=hashes, command=repeat) for row in (*rows, *controls)]
 
-    with publish(config.output_dir, overwrite=config.overwrite) as folder:
+    with publish(config.output_dir, overwrite=config.overwrite, mark="results.jsonl") as folder:
         write_results(folder / "results.jsonl", rows)
         _save_pictures(folder, config, probes, evidence, per_picture)
         save(config, folder / "config.yaml")

@@ -100,7 +100,7 @@ def main(config: FidelityConfig) -> None:
     from eval.slice_sets import read_generated, read_real
     from prompts.vocabulary import DEFAULT, read_vocabulary
 
-    check_free(config.output_dir, overwrite=config.overwrite)
+    check_free(config.output_dir, overwrite=config.overwrite, mark="results.jsonl")
     vocabulary = read_vocabulary(config.vocabulary) if config.vocabulary else DEFAULT
     real = read_real(config.real, vocabulary)
     generated = read_generated(config.generated, real, vocabulary)
@@ -128,7 +128,7 @@ def main(config: FidelityConfig) -> None:
     hashes = _hashes(config, vae_hash or generated.base_hash)
     rows = [replace(row, hashes=hashes, command=command_line("eval.fidelity", config)) for row in rows]
 
-    with publish(config.output_dir, overwrite=config.overwrite) as folder:
+    with publish(config.output_dir, overwrite=config.overwrite, mark="results.jsonl") as folder:
         write_results(folder / "results.jsonl", rows)
         overview = save_pictures(folder, drawn, sets, round_trips[0] if round_trips else None, naming)
         (folder / "overview.json").write_text(json.dumps(overview, indent=1) + "\n", encoding="utf-8")

@@ -65,7 +65,7 @@ def main(config: GenerateConfig) -> None:
     from data_prep.manifest import check_free, publish
     from prompts.grids import make_grid, read_prompts
 
-    check_free(config.output_dir, overwrite=config.overwrite)
+    check_free(config.output_dir, overwrite=config.overwrite, mark="records.jsonl")
     prompts = [*config.prompts, *(read_prompts(config.prompts_file) if config.prompts_file else ())]
     grid = make_grid(prompts, config.num_images, config.seed)
 
@@ -87,7 +87,7 @@ def main(config: GenerateConfig) -> None:
 
     requests, shown = grid.requests, []
     columns = min(len(grid.seeds), SHEET_COLUMNS)
-    with publish(config.output_dir, overwrite=config.overwrite) as folder:
+    with publish(config.output_dir, overwrite=config.overwrite, mark="records.jsonl") as folder:
         records = []
         bar = tqdm(total=len(requests), desc="generating", unit="picture", disable=None)
         for start in range(0, len(requests), settings.batch_size):

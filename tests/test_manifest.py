@@ -8,7 +8,17 @@ from pathlib import Path
 import pytest
 
 from configs.errors import InputError, UsageError
-from data_prep.manifest import SliceRow, publish, read_manifest, read_rows, sha256_of, write_rows
+from data_prep.manifest import (
+    MANIFEST_NAME,
+    SliceRow,
+    check_free,
+    check_writable,
+    publish,
+    read_manifest,
+    read_rows,
+    sha256_of,
+    write_rows,
+)
 
 ROW = SliceRow(
     file_name="dry-warp-00003.png",
@@ -25,7 +35,7 @@ ROW = SliceRow(
 
 def test_publish_puts_the_folder_in_place_only_at_the_end(tmp_path: Path) -> None:
     target = tmp_path / "deep" / "out"
-    with publish(target) as folder:
+    with publish(target, mark=MANIFEST_NAME) as folder:
         (folder / "a.txt").write_text("a")
         assert not target.exists()
     assert (target / "a.txt").read_text() == "a"
@@ -34,7 +44,7 @@ def test_publish_puts_the_folder_in_place_only_at_the_end(tmp_path: Path) -> Non
 
 def test_publish_leaves_nothing_behind_when_the_body_fails(tmp_path: Path) -> None:
     def interrupted() -> None:
-        with publish(tmp_path / "out") as folder:
+        with publish(tmp_path / "out", mark=MANIFEST_NAME) as folder:
             (folder / "a.txt").write_text("a")
             raise KeyboardInterrupt
 
@@ -45,7 +55,7 @@ def test_publish_leaves_nothing_behind_when_the_body_fails(tmp_path: Path) -> No
 
 def test_publish_refuses_a_folder_that_holds_files(tmp_path: Path) -> None:
     (tmp_path / "config.yaml").write_text("x: 1")
-    with pytest.raises(UsageError, match="--overwrite"), publish(tmp_path):
+    with pytest.raises(UsageError, match="--overwrite"), publish(tmp_path, mark=MANIFEST_NAME):
         pass
     assert (tmp_path / "config.yaml").exists()
 
@@ -53,17 +63,17 @@ def test_publish_refuses_a_folder_that_holds_files(tmp_path: Path) -> None:
 def test_publish_keeps_the_old_folder_when_overwriting_fails(tmp_path: Path) -> None:
     target = tmp_path / "out"
     target.mkdir()
-    (target / "config.yaml").write_text("old")
-    with pytest.raises(RuntimeError), publish(target, overwrite=True):
+    (target / "manifest.json").write_text("old")
+    with pytest.raises(RuntimeError), publish(target, overwrite=True, mark=MANIFEST_NAME):
         raise RuntimeError
-    assert (target / "config.yaml").read_text() == "old"
+    assert (target / "manifest.json").read_text() == "old"
 
 
 def test_publish_replaces_the_old_folder_as_a_whole(tmp_path: Path) -> None:
     target = tmp_path / "out"
     target.mkdir()
-    (target / "config.yaml").write_text("old")
-    with publish(target, overwrite=True) as folder:
+    (target / "manifest.json").write_text("old")
+    with publish(target, overwrite=True, mark=MANIFEST_NAME) as folder:
         (folder / "new.txt").write_text("new")
     assert [path.name for path in target.iterdir()] == ["new.txt"]
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
@@ -71,7 +81,7 @@ def test_publish_replaces_the_old_folder_as_a_whole(tmp_path: Path) -> None:
 
 def test_publish_never_replaces_a_folder_of_something_else(tmp_path: Path) -> None:
     (tmp_path / "thesis.tex").write_text("years of work")
-    with pytest.raises(UsageError, match="holds other files"), publish(tmp_path, overwrite=True):
+    with pytest.raises(UsageError, match="holds other files"), publish(tmp_path, overwrite=True, mark=MANIFEST_NAME):
         pass
     assert (tmp_path / "thesis.tex").exists()
 
@@ -136,8 +146,33 @@ def test_publishing_touches_no_folder_beside_its_own(tmp_path: Path) -> None:
         (tmp_path / name).mkdir()
         (tmp_path / name / "mine.txt").write_text("kept")
     for text in ("first", "second"):
-        with publish(tmp_path / "data", overwrite=True) as folder:
+        with publish(tmp_path / "data", overwrite=True, mark=MANIFEST_NAME) as folder:
             (folder / "manifest.json").write_text(text)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["data", "data.old", "data.old-1"]
     assert (tmp_path / "data.old" / "mine.txt").read_text() == "kept"
     assert (tmp_path / "data" / "manifest.json").read_text() == "second"
+
+
+def test_publishing_leaves_a_partial_folder_of_somebody_else(tmp_path: Path) -> None:
+    (tmp_path / "data.partial").mkdir()
+    (tmp_path / "data.partial" / "volume.tif").write_text("kept")
+    with publish(tmp_path / "data", mark=MANIFEST_NAME) as folder:
+        (folder / "a.txt").write_text("a")
+    assert (tmp_path / "data.partial" / "volume.tif").read_text() == "kept"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["data", "data.partial"]
+
+
+@pytest.mark.parametrize("foreign", ["config.yaml", "pytorch_lora_weights.safetensors"])
+def test_a_folder_without_the_mark_of_the_command_is_not_replaced(tmp_path: Path, foreign: str) -> None:
+    (tmp_path / foreign).write_text("a training run")
+    with pytest.raises(UsageError, match=r"holds manifest\.json"):
+        check_free(tmp_path, overwrite=True, mark=MANIFEST_NAME)
+
+
+@pytest.mark.parametrize("place", ["file/out", "file/a/b", "/proc/nope/out", "loop", "loop/out", "x" * 300])
+def test_a_place_where_nothing_can_be_written_is_refused_first(tmp_path: Path, place: str) -> None:
+    (tmp_path / "file").write_text("")
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    with pytest.raises(UsageError, match=r"^--output \S+: cannot be written there \("):
+        check_writable(tmp_path / place, "--output")
+    assert len(list(tmp_path.iterdir())) == 2
