@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import hashlib
 import json
+import math
 import shutil
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
@@ -169,26 +170,47 @@ def read_records(path: Path) -> list[tuple[int, dict[str, object]]]:
     """Read a JSON-lines file as (line number, object) pairs.
 
     Raises:
-        InputError: the file is missing, or a line of it is not a JSON object.
+        InputError: the file is missing or not readable, a line of it is not a JSON object, or its ``file_name`` is
+            longer than file systems allow.
     """
     try:
         lines = path.read_text(encoding="utf-8-sig").split("\n")
     except FileNotFoundError:
         raise InputError(f"{path}: there is no such file; is {path.parent} the folder of a split?") from None
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror})") from None
     except UnicodeDecodeError:
         raise InputError(f"{path}: not UTF-8 text") from None
     records = []
     for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
-        try:
-            record = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise InputError(f"{path}:{number}: not JSON ({error.msg})") from None
-        if not isinstance(record, dict):
-            raise InputError(f"{path}:{number}: expected a JSON object, got {type(record).__name__}")
+        record = _object_from(line, f"{path}:{number}")
+        longest = max(len(part.encode()) for part in str(record.get("file_name")).split("/"))
+        if longest > _LONGEST_NAME:
+            raise InputError(f"{path}:{number}: file_name has {longest} bytes; at most {_LONGEST_NAME} make a file")
         records.append((number, record))
     return records
+
+
+def _object_from(text: str, where: str) -> dict[str, object]:
+    """Read a JSON object that anybody may have written; what no program can use is an InputError naming ``where``."""
+    try:
+        record = json.loads(text)
+        if "\\u" in text:
+            # Half of a character, which JSON can write and no file can hold.
+            json.dumps(record, ensure_ascii=False).encode()
+    except json.JSONDecodeError as error:
+        raise InputError(f"{where}: not JSON ({error.msg})") from None
+    except UnicodeEncodeError:
+        raise InputError(f"{where}: text with half of a character (a lone surrogate)") from None
+    except RecursionError:
+        raise InputError(f"{where}: nested too deeply") from None
+    except ValueError:
+        raise InputError(f"{where}: a number with too many digits") from None
+    if not isinstance(record, dict):
+        raise InputError(f"{where}: expected a JSON object, got {type(record).__name__}")
+    return record
 
 
 def is_inside(file_name: str) -> bool:
@@ -204,16 +226,41 @@ def _row_from(record: Mapping[str, object]) -> SliceRow:
     box, um_per_px = record["box"], record.get("um_per_px")
     if not all(isinstance(value, str) for value in text.values()):
         raise ValueError(f"{', '.join(text)} must be text")
-    if not all(type(value) is int for value in whole.values()):
+    if not all(_is_whole(value) for value in whole.values()):
         raise ValueError(f"{', '.join(whole)} must be whole numbers")
-    if not isinstance(box, list) or len(box) != 6 or not all(type(value) is int for value in box):
+    if not is_box(box):
         raise ValueError(f"box must be six whole numbers z0, z1, y0, y1, x0, x1, got {box}")
-    if um_per_px is not None and (not isinstance(um_per_px, list) or len(um_per_px) != 2):
-        raise ValueError(f"um_per_px must be two numbers, row and column, got {um_per_px}")
+    if um_per_px is not None and not _is_size(um_per_px):
+        raise ValueError(f"um_per_px must be two positive numbers, row and column, got {um_per_px}")
     if not is_inside(str(text["file_name"])):
         raise ValueError(f"file_name {text['file_name']!r} leaves its folder")
-    size = None if um_per_px is None else (float(um_per_px[0]), float(um_per_px[1]))
+    size = None if um_per_px is None else tuple(map(float, um_per_px))  # type: ignore[call-overload]  # checked above
     return SliceRow(**text, **whole, box=tuple(box), um_per_px=size)  # type: ignore[arg-type]
+
+
+def is_box(value: object) -> bool:
+    """Return whether a value of a row is six whole numbers of at most 64 bits."""
+    return isinstance(value, list) and len(value) == 6 and all(map(_is_whole, value))
+
+
+def _is_whole(value: object) -> bool:
+    return type(value) is int and is_storable(value)
+
+
+def _is_size(value: object) -> bool:
+    """Return whether a value is two positive finite numbers."""
+    return (
+        isinstance(value, list)
+        and len(value) == 2
+        and all(type(edge) in (int, float) and is_storable(edge) and edge > 0 for edge in value)
+    )
+
+
+def is_storable(value: object) -> bool:
+    """Return whether a table can hold a value: a number must be finite, and a whole one have at most 64 bits."""
+    if isinstance(value, float):
+        return math.isfinite(value)
+    return not isinstance(value, int) or -(2**63) <= value < 2**63
 
 
 def write_manifest(dataset: Path, manifest: Mapping[str, object]) -> None:
@@ -225,17 +272,20 @@ def read_manifest(dataset: Path) -> dict[str, object]:
     """Read ``manifest.json`` of a dataset folder, such as ``data/weave``.
 
     Raises:
-        InputError: the file is missing or is not a JSON object.
+        InputError: the file is missing or not readable, is not a JSON object, or lists no objects under ``volumes``.
     """
     path = dataset / MANIFEST_NAME
     try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
+        manifest = _object_from(path.read_text(encoding="utf-8"), str(path))
     except FileNotFoundError:
         raise InputError(f"{path}: there is no such file; is {dataset} a dataset folder?") from None
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise InputError(f"{path}: not JSON ({error})") from None
-    if not isinstance(manifest, dict):
-        raise InputError(f"{path}: expected a JSON object, got {type(manifest).__name__}")
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror})") from None
+    except UnicodeDecodeError:
+        raise InputError(f"{path}: not UTF-8 text") from None
+    volumes = manifest.get("volumes")
+    if not isinstance(volumes, list) or not all(isinstance(volume, dict) for volume in volumes):
+        raise InputError(f"{path}: expected a list of objects under 'volumes'; slice the volumes again")
     return manifest
 
 

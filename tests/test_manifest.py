@@ -120,6 +120,15 @@ def test_rows_with_and_without_pixel_size_do_not_mix(tmp_path: Path) -> None:
         (json.dumps(dataclasses.asdict(ROW) | {"file_name": "/etc/a.png"}), "leaves its folder"),
         (json.dumps(dataclasses.asdict(ROW) | {"box": [0, 1]}), "box must be six"),
         (json.dumps(dataclasses.asdict(ROW) | {"index": "3"}), "whole numbers"),
+        (json.dumps(dataclasses.asdict(ROW) | {"index": 2**63}), "whole numbers"),
+        (json.dumps(dataclasses.asdict(ROW) | {"box": [0, 1, 0, 1, 0, 2**63]}), "box must be six"),
+        (json.dumps(dataclasses.asdict(ROW) | {"um_per_px": [1.0, float("inf")]}), "two positive numbers"),
+        (json.dumps(dataclasses.asdict(ROW) | {"um_per_px": [10**400, 1]}), "two positive numbers"),
+        ('{"box": ' + "[" * 100_000, "metadata.jsonl:1: nested too deeply"),
+        ('{"index": ' + "9" * 6000 + "}", "metadata.jsonl:1: a number with too many digits"),
+        ('{"file_name": "\\ud800.png"}', "metadata.jsonl:1: text with half of a character"),
+        ('{"file_name": "a.png", "text": "\\udfff"}', "metadata.jsonl:1: text with half of a character"),
+        (json.dumps({"file_name": "a/" + "b" * 300}), "metadata.jsonl:1: file_name has 300 bytes"),
     ],
 )
 def test_a_bad_row_is_named_with_its_line(tmp_path: Path, line: str, message: str) -> None:
@@ -176,3 +185,18 @@ def test_a_place_where_nothing_can_be_written_is_refused_first(tmp_path: Path, p
     with pytest.raises(UsageError, match=r"^--output \S+: cannot be written there \("):
         check_writable(tmp_path / place, "--output")
     assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_a_folder_in_place_of_the_rows_is_named(tmp_path: Path) -> None:
+    (tmp_path / "metadata.jsonl").mkdir()
+    with pytest.raises(InputError, match=r"metadata\.jsonl: cannot be read \(Is a directory"):
+        read_rows(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "content", ["", "[]", "{", "{}", '{"volumes": {}}', '{"volumes": ["dry"]}', "[" * 100_000, '{"volumes": "\xff"}']
+)
+def test_a_manifest_of_something_else_is_named(tmp_path: Path, content: str) -> None:
+    (tmp_path / "manifest.json").write_bytes(content.encode("latin-1"))
+    with pytest.raises(InputError, match=r"manifest\.json: "):
+        read_manifest(tmp_path)
