@@ -1,11 +1,12 @@
 """Measure what the embedded base model knows; its model card quotes the result.
 
-    python benchmarks/tiny_sd.py --slices demo/weave
+    python benchmarks/tiny_sd.py --slices demo/weave --truths demo/volumes
 
 Does the picture show what the prompt asked? 512 pictures over 32 prompts, 8 of them combinations never drawn for
 training, are read by a small classifier that was trained on freshly drawn pictures alone, and checked on others of
 them first.
-What does the VAE lose? Round trip of slices of each state, peak signal-to-noise ratio against the noisy slice itself.
+What does the VAE lose? Round trip of slices of each state, peak signal-to-noise ratio against the noisy slice itself,
+beside the noise that the phantom was given.
 """
 
 from __future__ import annotations
@@ -35,6 +36,8 @@ class TinySdConfig:
     """Model to measure."""
     slices: Path | None = None
     """Dataset of slices for the VAE round trip; None leaves it out."""
+    truths: Path | None = None
+    """Folder with the .truth.json files of the phantoms, for the noise in them; None leaves it out."""
     num_drawn: int = 16000
     """Pictures the classifier is trained on."""
     output: Path = Path("benchmarks/results/tiny_sd.json")
@@ -81,6 +84,7 @@ def main(config: TinySdConfig) -> None:
             for scene, first in zip(scenes, range(0, len(asked), SEEDS_PER_PROMPT), strict=True)
         },
         "vae_round_trip": _round_trip(models, config.slices) if config.slices else None,
+        "noise_sigma_windowed": _noise(config.truths) if config.truths else None,
         "hardware": {"cpu": platform.processor() or platform.machine(), "threads": torch.get_num_threads()},
         "elapsed_s": round(time.monotonic() - start, 1),
     }
@@ -88,8 +92,9 @@ def main(config: TinySdConfig) -> None:
     config.output.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
     shown = [pictures[SEEDS_PER_PROMPT * row + column] for row in range(len(scenes)) for column in range(8)]
     contact_sheet(shown, len(scenes), 8, [scene.caption for scene in scenes]).save(config.output.with_suffix(".png"))
-    for key in ("classifier_on_drawn", "generated", "generated_unseen_combinations", "vae_round_trip"):
+    for key in ("classifier_on_drawn", "generated", "generated_unseen_combinations"):
         print(f"{key}: {result[key]}")
+    print(f"vae_round_trip: {result['vae_round_trip']}, noise_sigma_windowed: {result['noise_sigma_windowed']}")
     print(f"written: {config.output} and {config.output.with_suffix('.png')}")
 
 
@@ -215,23 +220,34 @@ def _agreement(network: torch.nn.Module, scenes: list[Scene], pictures: NDArray[
 
 
 def _round_trip(models: Models, dataset: Path) -> dict[str, float]:
-    """Mean PSNR in dB of held-out tiles through the VAE (posterior mean), by state."""
+    """PSNR in dB of held-out tiles through the VAE (posterior mean), by state.
+
+    Of the squared error over all tiles of a state: the RGB that comes back against the grey, three times.
+    """
     import numpy as np
     import torch
     from PIL import Image
-    from skimage.metrics import peak_signal_noise_ratio
 
     from data_prep.manifest import read_rows
 
-    ratios: dict[str, list[float]] = {}
+    errors: dict[str, list[float]] = {}
     for row in read_rows(dataset / "validation"):
         grey = np.asarray(Image.open(dataset / "validation" / row.file_name))
         pixels = torch.from_numpy(grey.astype(np.float32) / 127.5 - 1).expand(1, 3, -1, -1)
         with torch.inference_mode():
             decoded = models.vae.decode(models.vae.encode(pixels).latent_dist.mean).sample
-        back = ((decoded[0].mean(0).clamp(-1, 1) + 1) * 127.5).round().numpy().astype(np.uint8)
-        ratios.setdefault(row.state, []).append(peak_signal_noise_ratio(grey, back))
-    return {state: round(float(np.mean(values)), 2) for state, values in sorted(ratios.items())}
+        back = ((decoded[0].clamp(-1, 1) + 1) * 127.5).round().numpy()
+        errors.setdefault(row.state, []).append(float(np.square(back - grey.astype(np.float32)).mean()))
+    # Tiles of one dataset have one size, so that the mean of their errors is that over all pixels.
+    return {state: round(float(10 * np.log10(255**2 / np.mean(found))), 2) for state, found in sorted(errors.items())}
+
+
+def _noise(folder: Path) -> dict[str, float]:
+    """Return the standard deviation of the phantoms' noise in grey levels of the slices' window, by state."""
+    import json
+
+    truths = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("*.truth.json"))]
+    return {truth["state"]: round(truth["noise_sigma_windowed"], 2) for truth in truths}
 
 
 if __name__ == "__main__":
