@@ -92,6 +92,7 @@ def train_lora(run: Run, config: LoraRun, images: list[CaptionedImage]) -> None:
         device=device,
     )
     schedule = from_scheduler(models.scheduler.config, config.noise.prediction_type).to(device)
+    models.scheduler.register_to_config(prediction_type=schedule.prediction_type)  # previews sample what is trained
     batches = captioned_batches(images, models, config.images, config.noise, run, num_timesteps=schedule.num_timesteps)
     models.unet.to(run.weight_dtype)
     rate = base_learning_rate(config.train, run.accelerator.num_processes)
@@ -119,7 +120,7 @@ def train_lora(run: Run, config: LoraRun, images: list[CaptionedImage]) -> None:
             "config_hash": run.config_hash,
             "height": batches.size,
             "width": batches.size,
-            "scheduler": {**models.scheduler.config, "prediction_type": schedule.prediction_type},
+            "scheduler": dict(models.scheduler.config),
             "steps": run.total_steps,
         }
         run.say(f"saved {save_lora(run.folder, models, provenance)}; next:")

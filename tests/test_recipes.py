@@ -12,8 +12,12 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
+from PIL import Image
 from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 from configs.errors import InputError, TisserandError, UsageError
 from configs.load import load
@@ -98,6 +102,57 @@ def test_bfloat16_trains(train: Train) -> None:
     folder = train("--mixed_precision", "bf16", "--lora_targets", "attention+resnet")
     with safe_open(folder / LORA_FILE, framework="pt") as reader:
         assert all(bool(reader.get_tensor(name).isfinite().all()) for name in reader.keys())  # noqa: SIM118
+
+
+def test_pictures_are_sampled_as_the_prediction_type_trained(train: Train, toy_sd: Path) -> None:
+    from eval.config import SamplingConfig
+    from eval.sampling import contact_sheet, load_tuned, sample
+    from finetune.core.models import set_adapter_scale
+
+    folder = train("--prediction_type", "v_prediction", "--validation_prompt", "sf_dry", "--num_validation_images", 1)
+    tuned = load_tuned(str(toy_sd), [folder])
+    assert tuned.models.scheduler.config.prediction_type == "v_prediction"
+    pictures = sample(tuned.models, [("sf_dry", 0)], SamplingConfig(height=32, width=32))
+    with Image.open(folder / "previews" / "step-000008.png") as preview:
+        difference = np.asarray(preview, dtype=int) - np.asarray(contact_sheet(pictures, 1, 1, labels=["sf_dry"]))
+    assert np.abs(difference).max() <= 1
+    set_adapter_scale(tuned.models, 0)
+    assert tuned.models.scheduler.config.prediction_type == "epsilon"
+
+
+def test_adapters_that_predict_different_things_do_not_go_together(train: Train, toy_sd: Path, tmp_path: Path) -> None:
+    from eval.sampling import load_tuned
+
+    folder = train("--prediction_type", "v_prediction", "--max_train_steps", 1)
+    train("--output_dir", tmp_path / "other", "--max_train_steps", 1)
+    with pytest.raises(InputError, match="predicts epsilon, an adapter before it v_prediction"):
+        load_tuned(str(toy_sd), [folder, tmp_path / "other"])
+
+
+def test_a_preview_that_fails_does_not_end_the_training(
+    train: Train, toy_sd: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    base = shutil.copytree(toy_sd, tmp_path / "base")
+    (path,) = (base / "vae").glob("*.safetensors")
+    save_file(load_file(path) | {"decoder.conv_out.bias": torch.full((3,), torch.nan)}, path)
+    folder = train("--pretrained_model_name_or_path", base, "--validation_prompt", "sf_dry", "--max_train_steps", 1)
+    assert "note: no preview at step 1" in capsys.readouterr().out
+    assert (folder / LORA_FILE).is_file()
+
+
+def test_previews_are_decoded_in_float32(train: Train) -> None:
+    halved = []
+
+    def watch(module: torch.nn.Module, _: object) -> None:
+        if type(module).__name__ == "Decoder":
+            halved.append(torch.is_autocast_enabled("cpu"))
+
+    handle = torch.nn.modules.module.register_module_forward_pre_hook(watch)
+    try:
+        train("--mixed_precision", "bf16", "--validation_prompt", "sf_dry", "--max_train_steps", 1)
+    finally:
+        handle.remove()
+    assert halved == [False, False]  # before the first step and after the last
 
 
 def test_the_written_config_runs_again_to_the_same_weights(train: Train, tmp_path: Path) -> None:

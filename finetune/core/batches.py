@@ -149,13 +149,27 @@ def prepare_pixels(image: Image.Image, size: int, interpolation: str, crop: Sequ
     return np.ascontiguousarray(levels.transpose(2, 0, 1)) / np.float32(127.5) - np.float32(1)
 
 
-def _load_pixels(image: CaptionedImage, size: int, interpolation: str, crop: Sequence[float] = (0.5, 0.5)) -> Tensor:
+def _load_pixels(image: CaptionedImage, size: int, interpolation: str, crop: Sequence[float]) -> Tensor:
     """Decode and prepare one image, or name the one that cannot be decoded."""
     try:
         with Image.open(image.path) as opened:
             return torch.from_numpy(prepare_pixels(opened, size, interpolation, crop))
     except (OSError, SyntaxError) as error:
         raise InputError(f"{image.path}: cannot be decoded ({' '.join(str(error).split())})") from None
+
+
+def _load_all(
+    images: list[CaptionedImage], size: int, config: ImageFolderConfig, crops: Sequence[Sequence[float]]
+) -> Tensor:
+    """Decode and prepare several images, in ``dataloader_num_workers`` threads if there are any."""
+
+    def one(image: CaptionedImage, crop: Sequence[float]) -> Tensor:
+        return _load_pixels(image, size, config.image_interpolation_mode, crop)
+
+    if not config.dataloader_num_workers:
+        return torch.stack(list(map(one, images, crops)))
+    with ThreadPoolExecutor(config.dataloader_num_workers) as pool:
+        return torch.stack(list(pool.map(one, images, crops)))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -242,12 +256,8 @@ class CaptionedBatches:
         if self.moments is not None:
             index = index.to(self.moments.mean.device)
             return Moments(self.moments.mean[index], self.moments.std[index])
-        kind = self.config.image_interpolation_mode
-        pixels = [
-            _load_pixels(self.images[image], self.size, kind, one.crop.tolist())
-            for image, one in zip(index.tolist(), draws, strict=True)
-        ]
-        return encode(self.models.vae, torch.stack(pixels))
+        chosen = [self.images[image] for image in index.tolist()]
+        return encode(self.models.vae, _load_all(chosen, self.size, self.config, [one.crop.tolist() for one in draws]))
 
 
 @lru_cache(maxsize=2)
@@ -268,13 +278,14 @@ def captioned_batches(
     """Encode images and captions, once each, and return the updates they make.
 
     Raises:
-        UsageError: a resolution that the VAE cannot give back.
+        UsageError: a resolution that the VAE cannot give back, or a pipeline not generate.
         InputError: an image that does not decode, or a caption longer than the text encoder reads, with its file.
     """
     size = config.resolution or models.size_px
-    if size % models.vae_scale_factor:
-        near = max(1, size // models.vae_scale_factor) * models.vae_scale_factor
-        raise UsageError(f"--resolution {size}: must be a multiple of {models.vae_scale_factor}, such as {near}")
+    multiple = max(8, models.vae_scale_factor)  # 8: pipelines generate no other sizes, whatever the VAE
+    if size % multiple:
+        near = max(1, size // multiple) * multiple
+        raise UsageError(f"--resolution {size}: must be a multiple of {multiple}, such as {near}")
     _check_captions(images, models)
     captions = sorted({image.caption for image in images})
     rows = {caption: row for row, caption in enumerate(captions, start=1)}
@@ -321,17 +332,12 @@ def _is_square(image: CaptionedImage) -> bool:
 
 def _cached(images: list[CaptionedImage], models: Models, config: ImageFolderConfig, size: int, run: Run) -> Moments:
     """Return the posteriors from the cache; other processes wait for the first one to fill it."""
-    kind = config.image_interpolation_mode
     root = config.latent_cache_dir or run.folder / "cache"
-    preprocessing = {"size": size, "interpolation": kind, "crop": "center"}
+    preprocessing = {"size": size, "interpolation": config.image_interpolation_mode, "crop": "center"}
     folder = cache_folder(root, module_hash(models.vae), preprocessing)
 
     def pixels(places: Sequence[int]) -> Tensor:
-        chosen = [images[place] for place in places]
-        if not config.dataloader_num_workers:
-            return torch.stack([_load_pixels(image, size, kind) for image in chosen])
-        with ThreadPoolExecutor(config.dataloader_num_workers) as pool:
-            return torch.stack(list(pool.map(lambda image: _load_pixels(image, size, kind), chosen)))
+        return _load_all([images[place] for place in places], size, config, [(0.5, 0.5)] * len(places))
 
     with run.accelerator.main_process_first():
         moments, encoded = cached_moments(folder, [image.content for image in images], pixels, models.vae)

@@ -57,7 +57,7 @@ class ImageFolderConfig:
     max_train_samples: int | None = None
     """Train on this many images, drawn at random and the same whatever the seed; all if absent."""
     resolution: int | None = None
-    """Side of the training pictures in px, a multiple of the VAE's scale factor; the model's own size if absent."""
+    """Side of the training pictures in px, a multiple of 8; the model's own size if absent."""
     center_crop: bool = True
     """Crop the centre after the shorter side is resized. `--no_center_crop` crops anew, at random, each time an image
     is used; the latents of images that are not square can then not be cached. (diffusers: random by default)"""
@@ -70,7 +70,7 @@ class ImageFolderConfig:
     latent_cache_dir: Path | None = None
     """Where encoded images are kept; OUTPUT_DIR/cache if absent. Runs may share one. Ours."""
     dataloader_num_workers: int = 0
-    """Threads that read and decode images while they are encoded; 0: none beside the main one."""
+    """Threads that read and decode images where they are encoded; 0: none beside the main one."""
     dataset_name: str | None = None
     """Refused: data sets of the hub are not read; download it and give its folder as --train_data_dir."""
 
@@ -81,6 +81,10 @@ class ImageFolderConfig:
         if self.random_flip:
             raise _refuse(
                 "random_flip", self.random_flip, "a mirrored slice changes direction; cut more slices instead"
+            )
+        if self.resolution is not None and self.resolution % 8:
+            raise _refuse(
+                "resolution", self.resolution, f"must be a multiple of 8, such as {self.resolution // 8 * 8 or 8}"
             )
         _need_positive(resolution=self.resolution, max_train_samples=self.max_train_samples)
         _need_not_negative(dataloader_num_workers=self.dataloader_num_workers)

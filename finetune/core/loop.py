@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from accelerate.utils import gather_object
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -165,14 +166,17 @@ def _check_finite(window: _Window, batches: Batches, accelerator: Any) -> None:
     watched = torch.stack(window.losses)
     if accelerator.scaler is None:
         watched = watched + torch.stack(window.norms)
-    finite = watched.isfinite()
-    if bool(finite.all()):
+    bad = (~watched.isfinite()).float()
+    if accelerator.num_processes > 1:  # all must stop together, whichever of them holds the image
+        bad = accelerator.reduce(bad, reduction="sum")
+    if not bool(bad.any()):
         window.per_image.clear()
         return
-    place = int((~finite).nonzero()[0])
+    place = int(bad.nonzero()[0])
     number, per_image = window.per_image[place - len(window.losses)]
     names = [name for batch in batches.update(number - 1).batches for name in batch.names]
     wrong = [name for name, good in zip(names, torch.cat(per_image).isfinite().tolist(), strict=True) if not good]
+    wrong, names = gather_object(wrong), gather_object(names)
     what = "loss" if wrong else "gradient"
     shown = ", ".join((wrong or names)[:8]) + (", ..." if len(wrong or names) > 8 else "")
     raise TisserandError(

@@ -10,7 +10,7 @@ import json
 import sys
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -33,7 +33,14 @@ _PARTS = ("scheduler", "text_encoder", "tokenizer", "unet", "vae")
 
 @dataclass(kw_only=True)
 class Models:
-    """The parts of one Stable Diffusion; ``scheduler`` is diffusers', as loaded, and ``name`` what the user typed."""
+    """The parts of one Stable Diffusion.
+
+    Attributes:
+        scheduler: diffusers', as loaded; with adapters on, its prediction type is the one they were trained to.
+        name: what the user typed.
+        base_prediction_type: as loaded.
+        adapter_prediction_type: of the adapters' training, or None if they do not tell.
+    """
 
     tokenizer: CLIPTokenizer
     text_encoder: CLIPTextModel
@@ -41,6 +48,12 @@ class Models:
     unet: UNet2DConditionModel
     scheduler: SchedulerMixin
     name: str
+    base_prediction_type: str = field(init=False)
+    adapter_prediction_type: str | None = field(init=False, default=None)
+
+    def __post_init__(self) -> None:
+        """Keep what the base predicts."""
+        self.base_prediction_type = self.scheduler.config.get("prediction_type", "epsilon")
 
     @property
     def vae_scale_factor(self) -> int:
@@ -226,7 +239,7 @@ def load_adapter(models: Models, path: Path, *, scale: float = 1.0) -> dict[str,
         The provenance written by the training run; empty for files of other programs.
 
     Raises:
-        InputError: no such file, not safetensors, or it does not fit this model.
+        InputError: no such file, not safetensors, or it does not fit this model or the adapters on it.
     """
     from safetensors import SafetensorError, safe_open
 
@@ -252,8 +265,14 @@ def load_adapter(models: Models, path: Path, *, scale: float = 1.0) -> dict[str,
     placed = sum(name in layer.scaling for layer in _adapted_layers(models))
     if not placed or placed < written:
         raise InputError(f"--adapter {path}: {placed} of its {written} layers found a place in {models.name}")
+    provenance = json.loads(metadata.get(PROVENANCE_KEY, "{}"))
+    kind = provenance.get("scheduler", {}).get("prediction_type")
+    if None not in (kind, models.adapter_prediction_type) and kind != models.adapter_prediction_type:
+        raise InputError(f"--adapter {path}: predicts {kind}, an adapter before it {models.adapter_prediction_type}")
+    models.adapter_prediction_type = kind or models.adapter_prediction_type
     _scale_one(models, name, scale)
-    return json.loads(metadata.get(PROVENANCE_KEY, "{}"))
+    _set_prediction_type(models, scale)
+    return provenance
 
 
 def set_adapter_scale(models: Models, scale: float) -> None:
@@ -261,6 +280,13 @@ def set_adapter_scale(models: Models, scale: float) -> None:
     names = {*getattr(models.unet, "peft_config", {}), *getattr(models.text_encoder, "peft_config", {})}
     for name in names:
         _scale_one(models, name, scale)
+    _set_prediction_type(models, scale)
+
+
+def _set_prediction_type(models: Models, scale: float) -> None:
+    """Let samplers read the U-Net's output as what it now is: the adapters' training decides, unless they are off."""
+    kind = models.adapter_prediction_type if scale else None
+    models.scheduler.register_to_config(prediction_type=kind or models.base_prediction_type)
 
 
 def _scale_one(models: Models, name: str, scale: float) -> None:

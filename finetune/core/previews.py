@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import KW_ONLY, dataclass
 
+from configs.errors import TisserandError
 from finetune.core.config import PreviewConfig
 from finetune.core.models import Models
 from finetune.core.run import Run
@@ -38,10 +39,15 @@ class Previews:
         if not (self.run.is_main and self.config.validation_prompt and is_due):
             return
         from eval.config import SamplingConfig
-        from eval.sampling import contact_sheet, sample
+        from eval.sampling import contact_sheet, decode, sample_latents
 
         prompts, count = self.config.validation_prompt, self.config.num_validation_images
         requests = [(prompt, seed) for prompt in prompts for seed in range(count)]
         with self.run.accelerator.autocast():
-            pictures = sample(self.models, requests, SamplingConfig(height=self.size, width=self.size))
+            latents = sample_latents(self.models, requests, SamplingConfig(height=self.size, width=self.size))
+        try:
+            pictures = decode(self.models, latents, requests)  # in float32: half precision overflows in this VAE
+        except TisserandError as error:
+            self.run.say(f"note: no preview at step {step}: {error}")
+            return
         self.run.show(contact_sheet(pictures, len(prompts), count, labels=prompts), step)
