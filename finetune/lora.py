@@ -21,6 +21,7 @@ from finetune.core.config import (
     NoiseConfig,
     ObjectiveConfig,
     PreviewConfig,
+    RefusedConfig,
     TrainConfig,
 )
 
@@ -40,6 +41,7 @@ class LoraRun:
     noise: NoiseConfig = field(default_factory=NoiseConfig)
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     previews: PreviewConfig = field(default_factory=PreviewConfig)
+    refused: RefusedConfig = field(default_factory=RefusedConfig)
 
 
 def main(config: LoraRun) -> None:

@@ -13,7 +13,7 @@ import pytest
 import torch
 from PIL import Image
 
-from configs.errors import InputError, UsageError
+from configs.errors import InputError
 from finetune.core.batches import (
     CaptionedBatches,
     captioned_batches,
@@ -174,8 +174,33 @@ def test_max_train_samples_draws_that_many_from_anywhere(captioned_images: Path)
 
 
 def test_a_resolution_the_vae_cannot_give_is_refused(make_batches: MakeBatches) -> None:
-    with pytest.raises(UsageError, match=r"--resolution 30: must be a multiple of 4, such as 28"):
-        make_batches({"resolution": 30})
+    with pytest.raises(ValueError, match=r"--resolution 28: must be a multiple of 8, such as 24"):
+        make_batches({"resolution": 28})
+
+
+def test_threads_read_what_one_reads_with_random_crops(
+    make_batches: MakeBatches, captioned_images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from threading import current_thread
+
+    from finetune.core import batches
+
+    folder = shutil.copytree(captioned_images, tmp_path / "wide")
+    for path in folder.glob("*.png"):
+        Image.open(path).resize((48, 32)).save(path)
+    options = {"train_data_dir": folder, "center_crop": False}
+    alone = make_batches(options).update(0)
+    threads, load = set(), batches._load_pixels
+
+    def watched(*arguments: object) -> torch.Tensor:
+        threads.add(current_thread().name)
+        return load(*arguments)
+
+    monkeypatch.setattr(batches, "_load_pixels", watched)
+    pooled = make_batches(options | {"dataloader_num_workers": 2}).update(0)
+    assert threads
+    assert all(name.startswith("ThreadPool") for name in threads)
+    assert torch.equal(alone.batches[0].latents, pooled.batches[0].latents)
 
 
 def test_a_caption_that_would_be_cut_is_refused(

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import math
+import os
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -153,6 +156,38 @@ def test_a_loss_that_is_not_finite_stops_the_run_naming_step_and_image(make_part
         done.extend(step.number for step in steps(parts, loss=spoiled))
     assert all(parameter.isfinite().all() for parameter in learns.parameters.values())
     assert [path.name for path in run.folder.glob("checkpoint-*")] == ["checkpoint-1"]
+
+
+def test_all_processes_stop_at_the_image_of_one(tmp_path: Path) -> None:
+    script = tmp_path / "two.py"
+    script.write_text(_TWO_PROCESSES)
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(script)]
+    root = Path(__file__).parent.parent
+    output = subprocess.run(
+        launcher, env=os.environ | {"PYTHONPATH": str(root)}, capture_output=True, text=True, timeout=300
+    )
+    for rank in (0, 1):
+        assert f"rank {rank}: step 1: the loss is not finite (images 1.png)" in output.stdout, output.stderr
+
+
+_TWO_PROCESSES = """
+from types import SimpleNamespace
+import torch
+from accelerate import Accelerator
+from configs.errors import TisserandError
+from finetune.core.loop import _check_finite, _Window
+accelerator = Accelerator(cpu=True)
+rank = accelerator.process_index
+loss, norm = torch.tensor(torch.nan if rank == 1 else 1.0), torch.tensor(1.0)
+window = _Window(losses=[loss], norms=[norm], per_image=[(1, [loss[None]])])
+update = SimpleNamespace(batches=[SimpleNamespace(names=[f"{rank}.png"])])
+try:
+    _check_finite(window, SimpleNamespace(update=lambda number: update), accelerator)
+except TisserandError as error:
+    print(f"rank {rank}: {error}\\n", end="", flush=True)
+accelerator.wait_for_everyone()
+accelerator.end_training()
+"""
 
 
 def test_a_gradient_that_is_not_finite_stops_the_run(make_parts: Callable[..., Parts]) -> None:

@@ -251,6 +251,44 @@ class TrainConfig:
         return self.max_train_steps or self.num_train_epochs * self.steps_per_epoch(num_images, num_processes)
 
 
+_REFUSED = {
+    "use_8bit_adam": "not in this version: it needs bitsandbytes; leave it out, the adapters' optimizer state is small",
+    "enable_xformers_memory_efficient_attention": "not needed: PyTorch's own memory-efficient attention is used",
+    "push_to_hub": "not in this version: nothing is uploaded; `hf upload` does it afterwards",
+    "hub_model_id": "not in this version: nothing is uploaded",
+    "hub_token": "not in this version: nothing is uploaded; log in with `hf auth login` to download",
+    "dataset_config_name": "not in this version: data sets of the hub are not read; give a folder as --train_data_dir",
+    "local_rank": "not needed: processes come from `accelerate launch` or `torchrun`",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class RefusedConfig:
+    """Options of diffusers' example script that are refused, each with its reason."""
+
+    use_8bit_adam: bool = False
+    """Refused."""
+    enable_xformers_memory_efficient_attention: bool = False
+    """Refused."""
+    push_to_hub: bool = False
+    """Refused."""
+    hub_model_id: str | None = None
+    """Refused."""
+    hub_token: str | None = None
+    """Refused."""
+    dataset_config_name: str | None = None
+    """Refused."""
+    local_rank: int | None = None
+    """Refused."""
+
+    def __post_init__(self) -> None:
+        """Refuse what is given; a token is not repeated."""
+        for flag, reason in _REFUSED.items():
+            value = getattr(self, flag)
+            if value is not None and value is not False:
+                raise ValueError(f"--{flag}: {reason}")
+
+
 CHANGEABLE = frozenset(
     {
         "train_data_dir",
