@@ -94,7 +94,7 @@ def command(config_class: type[C], main: Callable[[C], None]) -> None:
         if "--debug" in sys.argv:
             traceback.print_exc()
         if int(os.environ.get("RANK") or os.environ.get("LOCAL_RANK") or 0) <= 0:
-            print("error:", _one_line(message), file=sys.stderr)
+            print("error:", one_line(message), file=sys.stderr)
         sys.exit(code)
 
 
@@ -212,7 +212,7 @@ def _verdict(error: BaseException) -> tuple[int, str]:
     return 1, f"{type(error).__name__}: {error} (unexpected; run again with --debug for the traceback)"
 
 
-def _one_line(message: str) -> str:
+def one_line(message: str) -> str:
     """Keep a message to one line, with control characters, which may come from a file, made visible."""
     line = " ".join(message.splitlines())
     return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in line)

@@ -27,7 +27,8 @@ BOOLEANS = {"true": True, "yes": True, "on": True, "false": False, "no": False, 
 NULLS = ("null", "Null", "NULL", "~", "")  # in YAML, unquoted
 TYPED_NULLS = ("null", "None")  # None is how the help page shows it
 YAML_NUMBERS = {".inf": "inf", "-.inf": "-inf", ".nan": "nan"}  # YAML's spelling -> Python's
-LARGEST_FILE = 1_000_000  # bytes; `--config` on a weights file must not fill the memory
+DEEPEST = 8  # levels of nesting in a file; a preset has 3, a vocabulary 4
+LARGEST_FILE = 100_000  # bytes; `--config` on a weights file must not fill the memory
 
 
 @dataclass(frozen=True)
@@ -87,6 +88,26 @@ def _mapping_rule(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[Any] | No
         instance_from_str=from_words,
         is_instance=lambda value: isinstance(value, dict),
         str_from_instance=lambda value: [f"{name}={item}" for name, item in value.items()],
+    )
+
+
+@registry.primitive_rule
+def _path_rule(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[Path] | None:
+    """Read paths; no text is no path, although Python takes it for the current folder."""
+    if info.type is not Path:
+        return None
+
+    def from_words(words: list[str]) -> Path:
+        if not words[0] or "\0" in words[0]:
+            raise ValueError
+        return Path(words[0])
+
+    return PrimitiveConstructorSpec(
+        nargs=1,
+        metavar="PATH",
+        instance_from_str=from_words,
+        is_instance=lambda value: isinstance(value, Path),
+        str_from_instance=lambda value: [str(value)],
     )
 
 
@@ -194,37 +215,69 @@ def _take(rest: list[str], option: Option) -> list[str]:
     return taken
 
 
+class _Loader(yaml.BaseLoader):
+    """Composes short flat files of text; deep nesting, which costs minutes, and a key given twice are errors."""
+
+    depth = 0
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+        if self.depth == DEEPEST:
+            raise yaml.MarkedYAMLError(problem="nested too deeply", problem_mark=self.get_mark())
+        self.depth += 1
+        try:
+            return super().compose_node(parent, index)
+        finally:
+            self.depth -= 1
+
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+        node = super().compose_mapping_node(anchor)
+        lines: dict[str, int] = {}
+        for key, _ in node.value:
+            line, name = key.start_mark.line + 1, str(key.value)
+            if name in lines:
+                raise UsageError(f"{self.name}:{line}: {name!r} is given twice (first on line {lines[name]})")
+            lines[name] = line
+        return node
+
+
+def compose(path: Path, flag: str) -> yaml.Node | None:
+    """Read a YAML file that somebody wrote for ``flag`` as nodes whose scalars are text; None if it is empty.
+
+    Raises:
+        UsageError: it cannot be read, is too large or nested too deeply, is not YAML, or a key is given twice.
+    """
+    try:
+        with path.open("rb") as file:
+            content = file.read(LARGEST_FILE + 1)
+        if len(content) > LARGEST_FILE:
+            raise UsageError(f"{flag} {path}: larger than {LARGEST_FILE} bytes; expected a short YAML file")
+        loader = _Loader(content.decode())
+        loader.name = str(path)
+        return loader.get_single_node()
+    except OSError as error:
+        raise UsageError(f"{flag} {path}: {error.strerror}") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        mark = getattr(error, "problem_mark", None)
+        place = f"{path}:{mark.line + 1}" if mark else str(path)
+        raise UsageError(f"{place}: not readable as YAML: {getattr(error, 'problem', None) or error}") from None
+
+
 def read_yaml(path: Path, options: dict[str, Option]) -> dict[str, Given]:
     """Read a preset as words, each key with its line.
 
     Raises:
         UsageError: not a file of ``key: value`` lines, an unknown key, or a key given twice.
     """
-    try:
-        with path.open("rb") as file:
-            content = file.read(LARGEST_FILE + 1)
-        if len(content) > LARGEST_FILE:
-            raise UsageError(f"--config {path}: larger than {LARGEST_FILE} bytes; expected a short YAML file")
-        root = yaml.compose(content.decode(), Loader=yaml.BaseLoader)
-    except OSError as error:
-        raise UsageError(f"--config {path}: {error.strerror}") from None
-    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
-        mark = getattr(error, "problem_mark", None)
-        place = f"{path}:{mark.line + 1}" if mark else str(path)
-        raise UsageError(f"{place}: not readable as YAML: {getattr(error, 'problem', None) or error}") from None
+    root = compose(path, "--config")
     if root is None:
         return {}
     if not isinstance(root, yaml.MappingNode):
         raise UsageError(f"{path}:{root.start_mark.line + 1}: expected lines of 'key: value'")
     given: dict[str, Given] = {}
-    lines: dict[str, int] = {}
     for key, node in root.value:
         line, name = key.start_mark.line + 1, key.value
         if not isinstance(key, yaml.ScalarNode) or name not in options:
             raise UsageError(f"{path}:{line}: unknown key {str(name)!r}{_did_you_mean(str(name), list(options))}")
-        if name in lines:
-            raise UsageError(f"{path}:{line}: {name!r} is given twice (first on line {lines[name]})")
-        lines[name] = line
         where = f"{path}:{line}: {name}"
         given[name] = Given(where, _words_of(node, where))
     return given

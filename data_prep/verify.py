@@ -9,6 +9,7 @@ the pictures. Boxes are compared where the rows have them.
 from __future__ import annotations
 
 import hashlib
+import warnings
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -17,11 +18,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
 from configs.errors import InputError
-from configs.load import Positional, command
-from data_prep.manifest import METADATA_NAME, is_inside, read_records
+from configs.load import Positional, command, one_line
+from data_prep.manifest import MANIFEST_NAME, METADATA_NAME, is_box, is_inside, is_storable, read_manifest, read_records
 
 _PICTURES = {".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff"}
 _MODES = {"L", "RGB"}
@@ -70,9 +71,11 @@ def verify(dataset: Path, *, decode: bool = True) -> Verdict:
             is enough for pictures that one encoder has just written.
 
     Raises:
-        InputError: there is no ``metadata.jsonl`` to begin with, or one is not readable.
+        InputError: there is no ``metadata.jsonl`` to begin with, or one, or ``manifest.json``, is not readable.
     """
     folders = _split_folders(dataset)
+    if (dataset / MANIFEST_NAME).exists():
+        read_manifest(dataset)
     problems: list[str] = []
     records = {split: [record for _, record in read_records(path / METADATA_NAME)] for split, path in folders.items()}
     problems += _column_problems(records)
@@ -80,7 +83,9 @@ def verify(dataset: Path, *, decode: bool = True) -> Verdict:
     for split, path in folders.items():
         names, row_problems = _check_rows(split, path, records[split])
         problems += row_problems
-        with ThreadPoolExecutor() as pool:
+        with warnings.catch_warnings(), ThreadPoolExecutor() as pool:
+            # Loaders print it for every picture of this size; here it is one of the problems.
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
             pictures += pool.map(lambda name, s=split, p=path: _look_at(s, p, name, decode), names)
     problems += [f"{picture.split}/{picture.name}: {picture.problem}" for picture in pictures if picture.problem]
     problems += _size_problems(pictures, records)
@@ -92,7 +97,10 @@ def verify(dataset: Path, *, decode: bool = True) -> Verdict:
 def _split_folders(dataset: Path) -> dict[str, Path]:
     """Find the folders with rows."""
     if not dataset.is_dir():
-        raise InputError(f"{dataset}: there is no such folder")
+        is_file = dataset.is_file()
+        raise InputError(
+            f"{dataset}: {'is a file; name the folder it is in' if is_file else 'there is no such folder'}"
+        )
     if (dataset / METADATA_NAME).is_file() and not (dataset / "train").is_dir():
         return {dataset.name: dataset}
     folders = {path.parent.name: path.parent for path in sorted(dataset.glob(f"*/{METADATA_NAME}"))}
@@ -123,6 +131,11 @@ def _check_rows(split: str, folder: Path, records: Sequence[dict[str, object]]) 
             problems.append(f"{split}/{name}: no caption in column 'text'")
         elif len(text.splitlines()) > 1:
             problems.append(f"{split}/{name}: the caption has more than one line")
+        problems += [
+            f"{split}/{name}: {column} holds a number that is not finite or has more than 64 bits"
+            for column, value in record.items()
+            if not all(map(is_storable, value if isinstance(value, list) else [value]))
+        ]
     on_disk = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.suffix.lower() in _PICTURES}
     problems += [f"{split}/{name}: a picture without a row in {METADATA_NAME}" for name in sorted(on_disk - listed)]
     return names, problems
@@ -147,7 +160,7 @@ def _column_problems(records: dict[str, list[dict[str, object]]]) -> list[str]:
 def _type_name(value: object) -> str:
     """Return the type a loader would give a value, with that of the items of a list."""
     if isinstance(value, list):
-        return f"list of {'/'.join(sorted({_type_name(item) for item in value}))}"
+        return f"list of {'/'.join(sorted({type(item).__name__ for item in value}))}"
     return type(value).__name__
 
 
@@ -158,8 +171,8 @@ def _look_at(split: str, folder: Path, name: str, decode: bool) -> _Picture:
         with Image.open(path) as image:
             mode, size = image.mode, image.size
             content = image.tobytes() if decode else path.read_bytes()
-    except (OSError, SyntaxError, UnidentifiedImageError, Image.DecompressionBombError, ValueError) as error:
-        return _Picture(split=split, name=name, problem=f"not a readable picture ({str(error).splitlines()[0][:100]})")
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        return _Picture(split=split, name=name, problem=f"not a readable picture ({one_line(str(error))[:100]})")
     digest = hashlib.sha256(f"{mode}{size}".encode() if decode else b"")
     digest.update(content)
     problem = "" if mode in _MODES else f"mode {mode}; training reads 8-bit L or RGB only and clips the rest"
@@ -175,7 +188,9 @@ def _size_problems(pictures: Iterable[_Picture], records: dict[str, list[dict[st
         width, height = record.get("width", picture.size[0]), record.get("height", picture.size[1])
         if picture.mode and (width, height) != picture.size:
             actual = f"{picture.size[0]}x{picture.size[1]}"
-            problems.append(f"{picture.split}/{picture.name}: {actual} px wide and high, its row says {width}x{height}")
+            problems.append(
+                f"{picture.split}/{picture.name}: {actual} px wide and high, its row says {width!r} and {height!r}"
+            )
     return problems
 
 
@@ -203,8 +218,7 @@ def _overlap_problems(records: dict[str, list[dict[str, object]]]) -> list[str]:
     for split, rows in records.items():
         for record in rows:
             box = record.get("box")
-            is_box = isinstance(box, list) and len(box) == 6 and all(type(edge) is int for edge in box)
-            if is_box and isinstance(record.get("volume"), str):
+            if is_box(box) and isinstance(record.get("volume"), str):
                 names[str(record["volume"]), split].append(record.get("file_name"))
                 boxes[str(record["volume"]), split].append(box)
     problems = []
@@ -236,7 +250,7 @@ def main(config: VerifyConfig) -> None:
     """Check the folder, print what was found, and fail if anything was."""
     verdict = verify(config.dataset)
     for problem in verdict.problems[:_LISTED]:
-        print(problem)
+        print(one_line(problem))
     if len(verdict.problems) > _LISTED:
         print(f"... and {len(verdict.problems) - _LISTED} more")
     if verdict.problems:

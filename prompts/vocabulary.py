@@ -9,8 +9,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import yaml
+from yaml.constructor import BaseConstructor
 
 from configs.errors import UsageError
+from configs.options import compose
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,25 +47,24 @@ def read_vocabulary(path: Path) -> Vocabulary:
     Raises:
         UsageError: the file is missing, is not such a mapping, or two states share the same words.
     """
+    root = compose(path, "--vocabulary")
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UsageError(f"--vocabulary {path}: there is no such file") from None
-    except (UnicodeDecodeError, yaml.YAMLError) as error:
+        content = BaseConstructor().construct_document(root) if root else None
+    except yaml.YAMLError as error:
         raise UsageError(f"--vocabulary {path}: not readable as YAML ({' '.join(str(error).split())})") from None
     if not isinstance(content, dict) or not set(content) <= {"prefix", "states", "axes"}:
         raise UsageError(f"--vocabulary {path}: expected the keys prefix, states and axes, nothing else")
-    try:
-        vocabulary = Vocabulary(
-            prefix=str(content.get("prefix", DEFAULT.prefix)),
-            states={str(name): tuple(map(str, words)) for name, words in content.get("states", DEFAULT.states).items()},
-            axes={str(name): str(word) for name, word in content.get("axes", DEFAULT.axes).items()},
-        )
-    except (AttributeError, TypeError):
+    states, axes = content.get("states", DEFAULT.states), content.get("axes", DEFAULT.axes)
+    prefix = content.get("prefix", DEFAULT.prefix)
+    lists = list(states.values()) if isinstance(states, dict) else [None]
+    words = [word for some in lists for word in (some if isinstance(some, list | tuple) else [None])]
+    words += [prefix, *(axes.values() if isinstance(axes, dict) else [None])]
+    if not all(isinstance(word, str) for word in words):
         raise UsageError(
-            f"--vocabulary {path}: states must map a name to a list of words, axes a name to a word"
-        ) from None
-    for kind, words in (("states", list(vocabulary.states.values())), ("axes", list(vocabulary.axes.values()))):
-        if len(set(words)) != len(words) or any(not word for word in words):
+            f"--vocabulary {path}: prefix must be text, states map a name to a list of words, axes a name to a word"
+        )
+    vocabulary = Vocabulary(prefix=prefix, states={name: tuple(some) for name, some in states.items()}, axes=dict(axes))
+    for kind, written in (("states", list(vocabulary.states.values())), ("axes", list(vocabulary.axes.values()))):
+        if len(set(written)) != len(written) or not all(written):
             raise UsageError(f"--vocabulary {path}: two {kind} are written with the same words, or one has none")
     return vocabulary

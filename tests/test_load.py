@@ -228,7 +228,11 @@ def test_command_line_mistake_is_named_as_typed(
         ("[a]: 1", "x.yaml:1: unknown key "),
         ("rank: 1\n---\nrank: 2", "x.yaml:2: not readable as YAML: "),
         ("rank: \x01", "x.yaml: not readable as YAML: "),
-        ("[" * 1500, "x.yaml: not readable as YAML: "),
+        ("[" * 20_000, "x.yaml:1: not readable as YAML: nested too deeply"),
+        ("- " * 20_000, "x.yaml:1: not readable as YAML: nested too deeply"),
+        ("volumes:\n  dry: a\n  wet: b\n  dry: c", "x.yaml:4: 'dry' is given twice (first on line 2)"),
+        ("adapter: ''", "x.yaml:1: adapter: expected a list, each a path, got ''"),
+        ('adapter: "a\\0b"', "x.yaml:1: adapter: expected a list, each a path, got "),
     ],
 )
 def test_yaml_mistake_names_file_line_and_key(preset: Callable[[str], str], text: str, message: str) -> None:
@@ -238,8 +242,8 @@ def test_yaml_mistake_names_file_line_and_key(preset: Callable[[str], str], text
 
 
 def test_config_that_is_not_text_is_refused_without_reading_it_whole(preset: Callable[[str], str]) -> None:
-    name = preset("a" * 1_000_001)
-    with pytest.raises(UsageError, match="larger than 1000000 bytes"):
+    name = preset("a" * 100_001)
+    with pytest.raises(UsageError, match="larger than 100000 bytes"):
         load(Settings, ["--config", name])
 
 

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import json
+import struct
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -70,6 +72,13 @@ def noise(*shape: int, high: int = 256) -> np.ndarray:
     return np.random.default_rng(9).integers(0, high, shape)
 
 
+def huge() -> bytes:
+    """The beginning of a picture of 10000x10000 px."""
+    header = b"IHDR" + struct.pack(">IIBBBBB", 10_000, 10_000, 8, 0, 0, 0, 0)
+    chunks = [struct.pack(">I", 13), header, struct.pack(">I", zlib.crc32(header)), struct.pack(">I", 9), b"IDAT"]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(chunks)
+
+
 BROKEN: dict[str, tuple[Callable[[Path], Any], str]] = {
     "missing picture": (lambda d: (d / "train" / "a-1.png").unlink(), "train/a-1.png: in metadata.jsonl, but"),
     "missing row": (lambda d: write(d / "train", read(d / "train")[:2]), "train/a-2.png: a picture without a row"),
@@ -103,6 +112,10 @@ BROKEN: dict[str, tuple[Callable[[Path], Any], str]] = {
         lambda d: (d / "validation" / "a-0.png").write_bytes((d / "train" / "a-2.png").read_bytes()),
         "validation/a-0.png: identical to train/a-2.png",
     ),
+    "width as text": (edit(lambda row: row.update(width="10")), "10x20 px wide and high, its row says '10' and 20"),
+    "pixel size without end": (edit(lambda row: row.update(um_per_px=[1.0, float("inf")])), "um_per_px holds a number"),
+    "box beyond 64 bits": (edit(lambda row: row.update(box=[0, 1, 0, 20, 30, 2**63])), "box holds a number"),
+    "too many pixels": (lambda d: (d / "train" / "a-0.png").write_bytes(huge()), "not a readable picture (Image size"),
     "boxes meet": (
         edit(lambda row: row.update(box=[1, 2, 19, 39, 9, 19])),
         "train/a-1.png and validation/a-1.png share",
@@ -150,3 +163,32 @@ def test_a_long_list_of_problems_is_cut_short(dataset: Path, capsys: pytest.Capt
 def test_a_folder_without_rows_is_refused(tmp_path: Path, name: str) -> None:
     with pytest.raises(InputError):
         verify(tmp_path / name)
+
+
+def test_a_file_is_told_from_a_missing_folder(dataset: Path) -> None:
+    with pytest.raises(InputError, match="is a file; name the folder"):
+        verify(dataset / "train" / "metadata.jsonl")
+
+
+def test_control_characters_of_names_and_captions_stay_off_the_terminal(
+    dataset: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    edit(lambda row: row.update(file_name="a\x1b[2J.png"))(dataset)
+    with pytest.raises(InputError):
+        main(VerifyConfig(dataset=dataset))
+    out = capsys.readouterr().out
+    assert "\x1b" not in out
+    assert "a\\x1b[2J.png" in out
+
+
+@pytest.mark.parametrize("content", ["{", '{"volumes": 1}'])
+def test_a_manifest_that_training_could_not_read_is_named(dataset: Path, content: str) -> None:
+    (dataset / "manifest.json").write_text(content)
+    with pytest.raises(InputError, match=r"manifest\.json: "):
+        verify(dataset)
+
+
+def test_a_row_of_nested_lists_does_not_end_the_check(dataset: Path) -> None:
+    path = dataset / "train" / "metadata.jsonl"
+    path.write_text(path.read_text().replace('"text": "sf_dry"', '"text": ' + "[" * 700 + "]" * 700, 1))
+    assert any("no caption" in problem for problem in verify(dataset).problems)
