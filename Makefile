@@ -11,10 +11,10 @@ WORKERS ?= 2
 PYTEST := HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(PY) -m pytest
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test format slow browser lock clean
+.PHONY: help setup demo test format slow browser lock tiny-sd clean
 
 help: ## list the targets
-	@sed -n 's/^\([a-z]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 16
+	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 16
 
 setup: $(VENV)/.installed ## make .venv with the locked versions
 
@@ -50,6 +50,11 @@ lock: setup ## move every dependency but torch to its newest version and write r
 	{ grep '^#' requirements.lock; $(PY) -m pip list --format=freeze | grep -Ev '^(pip|tisserand)==' \
 		| sed 's/+cpu$$//'; } > requirements.lock.new
 	mv requirements.lock.new requirements.lock
+
+tiny-sd: setup ## draw the small world and train the embedded base model again: runs/tiny-sd, about 1.5 hours
+	$(PY) -m data_prep.shapes --num_images 48000 --seed 0 --output_dir data/shapes
+	$(PY) finetune/pretrain.py --config configs/pretrain_tiny.yaml
+	$(PY) finetune/pretrain.py --config configs/pretrain_tiny_colours.yaml
 
 clean: ## remove caches and outputs, not .venv
 	rm -rf .mypy_cache .ruff_cache .pytest_cache build demo *.egg-info

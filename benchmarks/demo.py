@@ -141,10 +141,12 @@ def _summarize(out: Path, times: dict[str, float], peak_gb: float, measured: dic
         value = measured.get(name)
         return f"{value:.2f}" if isinstance(value, float) else str(value)
 
+    counts = {split: len(list((out / "weave" / split).glob("*.png"))) for split in ("train", "validation")}
     spent = ", ".join(f"{stage} {seconds:.0f} s" for stage, seconds in times.items())
     real, alike, asked = "held_out", "held_out_matched", "generated"
     print(f"""
-Done in {sum(times.values()) / 60:.1f} min and at most {peak_gb:.1f} GB: {spent}.
+Done in {sum(times.values()) / 60:.1f} min ({spent}); the largest process took {peak_gb:.1f} GB.
+Slices: {counts["train"]} tiles to learn from and {counts["validation"]} held out, {len(SHAPES)} volumes, 3 directions.
 Classifier on held-out real tiles: state {shown(f"accuracy_state {real}")}, axis {shown(f"accuracy_axis {real}")}; \
 state with one histogram for all {shown(f"accuracy_state {alike}")}.
 Generated slices that show the state of their prompt {shown(f"agreement_state {asked}")}, \
