@@ -24,6 +24,7 @@ import json
 import math
 import os
 import shutil
+import tempfile
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
@@ -39,7 +40,7 @@ from tqdm import tqdm
 
 from configs.errors import TisserandError, UsageError
 from configs.load import as_dict, command
-from data_prep.manifest import sha256_of
+from data_prep.manifest import check_writable, sha256_of
 
 MATRIX, WARP, WEFT, OUTSIDE = range(4)
 VOID_GREY = 10.0
@@ -144,6 +145,11 @@ LOOKS: dict[str, Look] = {
 }
 
 
+# From nano tomography to hand-sized voxels; and the longest of the weave's lengths, which numbers can still hold.
+VOXEL_UM = (1e-3, 1e5)
+MOST_VOXELS = 100_000
+
+
 @dataclass(frozen=True, kw_only=True)
 class PhantomConfig:
     """A synthetic woven volume. Options left unset take the value of the state."""
@@ -200,14 +206,20 @@ class PhantomConfig:
             raise ValueError(f"--output {self.output}: the name must end in .tif or .tiff")
         if self.seed < 0:
             raise ValueError(f"--seed {self.seed}: must be 0 or more")
-        for name in ("voxel_um", "streak_width_um", "streak_length_um"):
-            value = getattr(self, name)
-            if not 0 < value < math.inf:
-                raise ValueError(f"--{name} {value:g}: must be above 0 um")
-        for name in ("warp_pitch_um", "weft_pitch_um", "layer_height_um"):
-            value = getattr(self, name)
-            if not 4 * self.voxel_um <= value < math.inf:
-                raise ValueError(f"--{name} {value:g}: must be at least 4 voxels, {4 * self.voxel_um:g} um")
+        low, high = VOXEL_UM
+        if not low <= self.voxel_um <= high:
+            raise ValueError(f"--voxel_um {self.voxel_um:g}: must lie in [{low:g}, {high:g}] um")
+        for name, low in (
+            ("warp_pitch_um", 4),
+            ("weft_pitch_um", 4),
+            ("layer_height_um", 4),
+            ("streak_width_um", 0.01),
+            ("streak_length_um", 0.01),
+        ):
+            value, voxels = getattr(self, name), getattr(self, name) / self.voxel_um
+            if not low <= voxels <= MOST_VOXELS:
+                ends = f"{low * self.voxel_um:g} to {MOST_VOXELS * self.voxel_um:g} um"
+                raise ValueError(f"--{name} {value:g}: must be {low:g} to {MOST_VOXELS} voxels, {ends}")
         for name, low, high in (
             ("compaction", 0.3, 1.5),
             ("crimp", 0.0, 1.5),
@@ -516,29 +528,27 @@ def write(config: PhantomConfig, *, workers: int = 1) -> dict[str, object]:
         "volume": config.output,
         "truth": config.output.with_suffix(".truth.json"),
     }
+    check_writable(config.output, "--output")
     for path in every.values():
         if path.is_dir() or (path.exists() and not config.overwrite):
             raise UsageError(f"--output {config.output}: {path.name} exists; name another file or pass --overwrite")
     paths = {name: path for name, path in every.items() if name != "labels" or config.labels}
-    parts = {name: path.with_name(path.name + ".partial") for name, path in paths.items()}
     try:
         config.output.parent.mkdir(parents=True, exist_ok=True)
-        tally = _write_planes(config, parts, workers)
-        truth = _truth(config, tally, {name: parts[name] for name in paths if name != "truth"})
-        parts["truth"].write_text(json.dumps(truth, indent=2) + "\n", encoding="utf-8")
-        # A truth always belongs to the volume beside it, also when this stops half-way.
-        for name in ("truth", "labels"):
-            every[name].unlink(missing_ok=True)
-        for name, part in parts.items():
-            part.replace(paths[name])
-    except (PermissionError, NotADirectoryError, FileExistsError, FileNotFoundError) as error:
-        raise UsageError(f"--output {config.output}: cannot write there ({error.strerror})") from error
+        with tempfile.TemporaryDirectory(
+            prefix=f"{config.output.stem}.partial-", dir=config.output.parent, ignore_cleanup_errors=True
+        ) as room:
+            parts = {name: Path(room) / path.name for name, path in paths.items()}
+            tally = _write_planes(config, parts, workers)
+            truth = _truth(config, tally, {name: parts[name] for name in paths if name != "truth"})
+            parts["truth"].write_text(json.dumps(truth, indent=2) + "\n", encoding="utf-8")
+            # A truth always belongs to the volume beside it, also when this stops half-way.
+            for name in ("truth", "labels"):
+                every[name].unlink(missing_ok=True)
+            for name, part in parts.items():
+                part.replace(paths[name])
     except OSError as error:
         raise TisserandError(f"--output {config.output}: writing failed ({error.strerror or error})") from error
-    finally:
-        for part in parts.values():
-            with contextlib.suppress(OSError):
-                part.unlink(missing_ok=True)
     return truth
 
 

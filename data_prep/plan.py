@@ -215,13 +215,18 @@ def survey(config: SliceConfig, words: Vocabulary) -> list[Volume]:
     if missing := [axis for axis in AXES if axis not in words.axes]:
         raise UsageError(f"--vocabulary {config.vocabulary}: no word for the axes {', '.join(missing)}; add them")
     pairs = [_state_and_path(text, words) for text in config.volumes]
+    sources = [open_volume(path) for _, path in pairs]
+    seen = set[tuple[int, int]]()
     for _, path in pairs:
         if path.resolve().is_relative_to(config.output_dir.resolve()):
             raise UsageError(f"--volumes {path}: lies inside --output_dir {config.output_dir}, which is replaced")
+        status = path.stat()
+        if (status.st_dev, status.st_ino) in seen:
+            raise UsageError(f"--volumes {path}: the same file is given twice; name each file once")
+        seen.add((status.st_dev, status.st_ino))
     names = _names(pairs)
     stems = {state: _ascii(state) for state, _ in pairs}
     is_alone = len(set(stems.values())) == len(pairs)
-    sources = [open_volume(path) for _, path in pairs]
     for source in sources:
         # A file may declare planes of any size: refuse them before memory is taken for one.
         buffer_budget(source.info, config)

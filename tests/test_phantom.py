@@ -304,7 +304,7 @@ def test_overwrite_removes_labels_of_the_volume_replaced(tmp_path: Path) -> None
 
 def test_a_folder_that_is_a_file_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(UsageError, match="cannot write there"):
+    with pytest.raises(UsageError, match="cannot be written there"):
         write(small(tmp_path / "file"))
 
 
@@ -331,3 +331,24 @@ def test_a_failed_run_leaves_the_volume_it_was_to_replace(tmp_path: Path) -> Non
     with files_end_at(8000), pytest.raises(TisserandError, match="writing failed"):
         write(small(tmp_path, seed=1, overwrite=True))
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("voxel_um", 1e-300), ("voxel_um", 1e300), ("weft_pitch_um", 1e300), ("streak_width_um", 1e-300)],
+)
+def test_an_absurd_length_is_refused(tmp_path: Path, name: str, value: float) -> None:
+    with pytest.raises(ValueError, match=f"^--{name} .*: must "):
+        PhantomConfig(state="dry", shape=(2, 2, 2), output=tmp_path / "a.tif", **{name: value})  # type: ignore[arg-type]
+
+
+def test_a_partial_file_of_somebody_else_is_left(tmp_path: Path) -> None:
+    (tmp_path / "a.tif.partial").write_text("kept")
+    write(PhantomConfig(state="dry", shape=(2, 8, 8), output=tmp_path / "a.tif"))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.tif", "a.tif.partial", "a.truth.json"]
+    assert (tmp_path / "a.tif.partial").read_text() == "kept"
+
+
+def test_a_place_where_no_file_can_be_made_is_a_wrong_setting() -> None:
+    with pytest.raises(UsageError, match=r"^--output /proc/x\.tif: cannot be written there"):
+        write(PhantomConfig(state="dry", shape=(2, 8, 8), output=Path("/proc/x.tif")))

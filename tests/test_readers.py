@@ -105,6 +105,10 @@ UNSUITABLE: dict[str, tuple[Callable[[Path], None], str]] = {
         "palette",
     ),
     "one page": (lambda path: tifffile.imwrite(path, VOLUME[0]), "one picture of 20x24"),
+    "last axis of one voxel": (
+        lambda path: tifffile.imwrite(path, np.zeros((20, 70, 1), np.uint16)),
+        r"the last axis has one voxel \(20x70x1\)",
+    ),
     "two sizes": (lambda path: write_pages(path, [*VOLUME[:3], *VOLUME[:2, :10]]), "differ in size or type"),
     "two types": (lambda path: write_pages(path, [*VOLUME[:3], VOLUME[3].astype(np.uint8)]), "differ in size or type"),
     "time series": (

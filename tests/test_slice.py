@@ -385,7 +385,7 @@ def test_blank_and_like_slices_are_counted_and_kept(tmp_path: Path) -> None:
         ([], ["dry.tif"], UsageError, "the state is missing; write state=path"),
         ([], ["injectd=dry.tif"], UsageError, "did you mean 'injected'"),
         ([], ["dry=nowhere.tif"], InputError, "no such file"),
-        ([], ["dry=dry.tif", "dry=dry.tif"], UsageError, "would both be called 'dry-dry'"),
+        ([], ["dry=dry.tif", "dry=dry.tif"], UsageError, "the same file is given twice"),
         (["--fit", "tile", "--tile_size", "128"], ["dry=dry.tif"], UsageError, "--tile_size 128: .* allowed up to 96"),
         (["--memory_gb", "0.01"], ["dry=dry.tif"], UsageError, "--memory_gb 0.01: .* needs at least 0.3"),
     ],
@@ -430,7 +430,7 @@ def test_a_dataset_is_not_replaced_unasked(scan: Path) -> None:
 
 def test_a_volume_in_the_folder_that_would_be_replaced_is_safe(tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
-    (tmp_path / "out" / "config.yaml").write_text("")
+    (tmp_path / "out" / "manifest.json").write_text("")
     tifffile.imwrite(tmp_path / "out" / "dry.tif", VOLUME, photometric="minisblack")
     with pytest.raises(UsageError, match="lies inside --output_dir"):
         main(config(tmp_path, "--overwrite", volumes=["dry=out/dry.tif"]))
@@ -473,3 +473,33 @@ def test_the_command_ends_with_the_next_command_or_one_line_and_its_code(scan: P
     assert f"--train_data_dir {scan}/out/train" in good.stdout.splitlines()[-1]
     assert good.stderr == ""
     assert verify(scan / "out").problems == ()
+
+
+def test_the_same_file_is_taken_once(scan: Path) -> None:
+    (scan / "other.tif").symlink_to(scan / "dry.tif")
+    for second in ("injected=dry.tif", "injected=other.tif"):
+        with pytest.raises(UsageError, match=r"--volumes \S+\.tif: the same file is given twice"):
+            main(config(scan, volumes=["dry=dry.tif", second]))
+
+
+def test_a_link_to_itself_is_no_volume(tmp_path: Path) -> None:
+    (tmp_path / "dry.tif").symlink_to(tmp_path / "dry.tif")
+    with pytest.raises(InputError, match=r"dry\.tif: cannot be read \(Too many levels"):
+        main(config(tmp_path))
+
+
+def test_a_folder_is_no_vocabulary(scan: Path) -> None:
+    with pytest.raises(UsageError, match=r"^--vocabulary \S+: Is a directory"):
+        main(config(scan, "--vocabulary", str(scan)))
+
+
+def test_a_place_that_cannot_hold_the_output_is_refused_before_the_disk_is_asked(scan: Path) -> None:
+    with pytest.raises(UsageError, match=r"^--output_dir \S+/dry\.tif/out: cannot be written there"):
+        main(config(scan, "--output_dir", str(scan / "dry.tif" / "out")))
+
+
+def test_two_files_of_one_state_and_name_are_told_apart_by_nobody(scan: Path) -> None:
+    (scan / "b").mkdir()
+    tifffile.imwrite(scan / "b" / "dry.tif", VOLUME, photometric="minisblack")
+    with pytest.raises(UsageError, match="would both be called 'dry-dry'"):
+        main(config(scan, volumes=["dry=dry.tif", "dry=b/dry.tif"]))

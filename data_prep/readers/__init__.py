@@ -74,11 +74,11 @@ def open_volume(path: Path) -> VolumeSource:
     Raises:
         InputError: there is no such file, it is of an unknown kind, or it is damaged.
     """
-    if path.is_dir():
-        raise InputError(f"{path}: is a folder; a volume is one multi-page TIFF file")
     try:
         with path.open("rb") as file:
             head = file.read(8)
+    except IsADirectoryError:
+        raise InputError(f"{path}: is a folder; a volume is one multi-page TIFF file") from None
     except FileNotFoundError:
         raise InputError(f"{path}: there is no such file") from None
     except OSError as error:

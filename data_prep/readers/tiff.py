@@ -152,6 +152,10 @@ def _volume_pages(path: Path, tif: tifffile.TiffFile) -> Sequence[Any]:
     if len({(one.keyframe.imagelength, one.keyframe.imagewidth, one.dtype) for one in series}) > 1:
         kinds = ", ".join(f"{len(one.pages)} of {one.keyframe.shape} {one.dtype}" for one in series[:4])
         raise InputError(f"{path}: pages differ in size or type ({kinds}); keep one kind per file")
+    if axes[-2:] != "YX" and len(series) == 1 and sizes[axes[-1]] == 1:
+        raise InputError(
+            f"{path}: the last axis has one voxel ({'x'.join(map(str, series[0].shape))}), so there are no planes"
+        )
     stacked = [axis for axis in axes if axis not in "YX" and sizes[axis] > 1]
     if len(series) > 1 and all(len(one.pages) == 1 for one in series):
         return [one.pages[0] for one in series]
