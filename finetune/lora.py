@@ -49,11 +49,12 @@ def main(config: LoraRun) -> None:
     from contextlib import suppress
 
     from configs.errors import UsageError
-    from finetune.core.batches import data_hash, read_images
+    from finetune.core.batches import data_hash, data_provenance, read_images
     from finetune.core.models import LORA_FILE, check_folder, model_hash
     from finetune.core.run import start_run
 
     images, source, base_hash = read_images(config.images), config.model, None
+    data = data_provenance(images, config.images)
     check_folder(source.pretrained_model_name_or_path)
     with suppress(UsageError):  # a model of the hub that is not downloaded yet
         base_hash = model_hash(
@@ -67,14 +68,14 @@ def main(config: LoraRun) -> None:
         weights_file=LORA_FILE,
         base_hash=base_hash,
     ) as run:
-        train_lora(run, config, images)
+        train_lora(run, config, images, data)
 
 
-def train_lora(run: Run, config: LoraRun, images: list[CaptionedImage]) -> None:
+def train_lora(run: Run, config: LoraRun, images: list[CaptionedImage], data: dict[str, object]) -> None:
     """Train on images that passed the checks, in a run that was opened."""
     from functools import partial
 
-    from finetune.core.batches import captioned_batches, data_provenance
+    from finetune.core.batches import captioned_batches
     from finetune.core.loop import train
     from finetune.core.models import Denoiser, load_models, model_provenance
     from finetune.core.noise import from_scheduler
@@ -118,7 +119,7 @@ def train_lora(run: Run, config: LoraRun, images: list[CaptionedImage]) -> None:
         provenance = {
             "method": "lora",
             "base_model": model_provenance(models, source.revision, source.cache_dir),
-            **data_provenance(images, config.images),
+            **data,
             "config_hash": run.config_hash,
             "height": batches.size,
             "width": batches.size,

@@ -15,7 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -23,7 +23,7 @@ from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
 from configs.errors import InputError, UsageError
-from data_prep.manifest import METADATA_NAME, is_inside, read_records, sha256_of
+from data_prep.manifest import MANIFEST_NAME, METADATA_NAME, is_inside, read_manifest, read_records, sha256_of
 from finetune.core.config import ImageFolderConfig, NoiseConfig, TrainConfig
 from finetune.core.latents import Moments, cache_folder, cached_moments, encode, module_hash, sample
 from finetune.core.models import Models, encode_prompts
@@ -356,10 +356,9 @@ def data_provenance(images: list[CaptionedImage], config: ImageFolderConfig) -> 
 
     The hash is that of ``manifest.json`` where the folder belongs to a data set, else of ``metadata.jsonl``.
     """
-    manifest = config.train_data_dir.resolve().parent / "manifest.json"
-    volumes: list[dict[str, object]] = []
-    if manifest.is_file():
-        volumes = json.loads(manifest.read_text(encoding="utf-8")).get("volumes", [])
+    dataset = config.train_data_dir.resolve().parent
+    manifest = dataset / MANIFEST_NAME
+    volumes: Any = read_manifest(dataset)["volumes"] if manifest.is_file() else []
     return {
         "data": {
             "train_data_dir": config.train_data_dir.name,
