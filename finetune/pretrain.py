@@ -43,7 +43,7 @@ class PretrainConfig:
     output_dir: Path
     """Pipeline folder to write; it must not exist. `<output_dir>.partial` keeps finished stages."""
     start_from: Path | None = None
-    """Pipeline folder to go on from: its VAE and tokenizer are kept, its text encoder and U-Net learn on."""
+    """Pipeline folder to go on from: all its weights learn on; the tokenizer and the VAE's scaling factor stay."""
     max_train_samples: int | None = None
     """Use the first so many pictures; None for all."""
     seed: int = 0
@@ -51,7 +51,8 @@ class PretrainConfig:
     vae_channels: tuple[int, ...] = (32, 64, 96)
     """Channels per VAE level; every level but the last halves the size."""
     vae_steps: int = 2400
-    """Updates of the VAE; the first 3/4 on random quarter crops, which cost a quarter and hold the same detail."""
+    """Updates of the VAE; the first 3/4 on random quarter crops, which cost a quarter and hold the same detail. 0 keeps
+    the VAE of `start_from` as it is."""
     vae_batch_size: int = 32
     """Crops per VAE update; a quarter of it once the pictures are whole."""
     vae_learning_rate: float = 2e-3
@@ -108,18 +109,18 @@ def main(config: PretrainConfig) -> None:
     work = config.output_dir.with_name(config.output_dir.name + ".partial")
     if config.start_from:
         pipeline = StableDiffusionPipeline.from_pretrained(config.start_from)
-        vae, tokenizer = pipeline.vae.to(device), pipeline.tokenizer
+        vae, tokenizer = pipeline.vae, pipeline.tokenizer
         text_encoder, unet = pipeline.text_encoder, pipeline.unet
-        moments = _moments(vae, pictures, device)
     else:
-        if (work / "vae" / "diffusion_pytorch_model.safetensors").is_file():
-            vae = AutoencoderKL.from_pretrained(work / "vae").to(device)
-        else:
-            vae = _train_vae(config, pictures, device)
-            vae.save_pretrained(work / "vae")
-        moments = _moments(vae, pictures, device)
+        vae = _new_vae(config, pictures.shape[1])
         tokenizer = _train_tokenizer(config, captions, work)
-        text_encoder, unet = _new_denoiser(config, tokenizer, moments.shape[-1])
+        text_encoder, unet = _new_denoiser(config, tokenizer, pictures.shape[1] >> len(config.vae_channels) - 1)
+    if (work / "vae" / "diffusion_pytorch_model.safetensors").is_file():
+        vae = AutoencoderKL.from_pretrained(work / "vae").to(device)
+    else:
+        _train_vae(config, vae.to(device), pictures, device)
+        vae.save_pretrained(work / "vae")
+    moments = _moments(vae, pictures, device)
     _train_denoiser(config, (moments, captions), (vae, tokenizer, text_encoder, unet), work, device)
     work.rename(config.output_dir)
     print(f"{config.output_dir} written after {(time.monotonic() - start) / 60:.0f} min")
@@ -153,17 +154,12 @@ def _read_pictures(folder: Path, most: int | None) -> tuple[NDArray[np.uint8], l
     return np.stack(pictures), [row["text"] for row in rows]
 
 
-def _train_vae(config: PretrainConfig, pictures: NDArray[np.uint8], device: torch.device) -> AutoencoderKL:
-    """Train the autoencoder on smooth L1 reconstruction and a light KL, and set its scaling factor."""
-    import numpy as np
-    import torch
+def _new_vae(config: PretrainConfig, size: int) -> AutoencoderKL:
+    """Autoencoder with random weights, a small relative of Stable Diffusion's."""
     from diffusers import AutoencoderKL
-    from torch.nn import functional
-    from tqdm import trange
 
     levels = len(config.vae_channels)
-    size = pictures.shape[1]
-    vae = AutoencoderKL(
+    return AutoencoderKL(
         in_channels=3,
         out_channels=3,
         latent_channels=4,
@@ -173,9 +169,22 @@ def _train_vae(config: PretrainConfig, pictures: NDArray[np.uint8], device: torc
         up_block_types=("UpDecoderBlock2D",) * levels,
         norm_num_groups=16,
         sample_size=size,
-    ).to(device)
+    )
+
+
+def _train_vae(config: PretrainConfig, vae: AutoencoderKL, pictures: NDArray[np.uint8], device: torch.device) -> None:
+    """Train the autoencoder in place on smooth L1 reconstruction and a light KL; a new one gets its scaling factor."""
+    import numpy as np
+    import torch
+    from torch.nn import functional
+    from tqdm import trange
+
+    vae.train()
+    size = pictures.shape[1]
     optimizer = torch.optim.AdamW(vae.parameters(), lr=config.vae_learning_rate, weight_decay=0.0)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, config.vae_learning_rate, total_steps=config.vae_steps)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, config.vae_learning_rate, total_steps=max(1, config.vae_steps)
+    )
     random = np.random.default_rng((config.seed, 1))
     bar = trange(config.vae_steps, desc="vae", disable=None)
     for step in bar:
@@ -198,10 +207,10 @@ def _train_vae(config: PretrainConfig, pictures: NDArray[np.uint8], device: torc
             bar.set_postfix(error=f"{error.item():.4f}", kl=f"{divergence.item():.2f}")
             print(f"vae step {step}: error {error.item():.4f}, kl {divergence.item():.2f}", flush=True)
     vae.eval()
-    sample = _moments(vae, pictures[:1000], device)
-    spread = (sample[:, 0].var() + sample[:, 1].square().mean()).sqrt().item()
-    vae.register_to_config(scaling_factor=round(1.0 / spread, 5))
-    return vae
+    if config.start_from is None:
+        sample = _moments(vae, pictures[:1000], device)
+        spread = (sample[:, 0].var() + sample[:, 1].square().mean()).sqrt().item()
+        vae.register_to_config(scaling_factor=round(1.0 / spread, 5))
 
 
 def _pixels(pictures: NDArray[np.uint8], device: torch.device) -> Tensor:
