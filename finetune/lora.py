@@ -20,14 +20,14 @@ from finetune.core.config import (
     ModelConfig,
     NoiseConfig,
     ObjectiveConfig,
+    PictureConfig,
     PreviewConfig,
     RefusedConfig,
     TrainConfig,
 )
 
 if TYPE_CHECKING:
-    from finetune.core.batches import CaptionedImage
-    from finetune.core.run import Run
+    from finetune.core.open import Opened
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,6 +37,7 @@ class LoraRun:
     model: ModelConfig
     images: ImageFolderConfig
     train: TrainConfig
+    pictures: PictureConfig = field(default_factory=PictureConfig)
     lora: LoraConfig = field(default_factory=LoraConfig)
     noise: NoiseConfig = field(default_factory=NoiseConfig)
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
@@ -46,56 +47,29 @@ class LoraRun:
 
 def main(config: LoraRun) -> None:
     """Train the adapters and save them."""
-    from contextlib import suppress
+    from finetune.core.batches import data_provenance, read_images
+    from finetune.core.models import LORA_FILE
+    from finetune.core.open import open_run
 
-    from configs.errors import UsageError
-    from finetune.core.batches import data_hash, data_provenance, read_images
-    from finetune.core.models import LORA_FILE, check_folder, model_hash
-    from finetune.core.run import start_run
-
-    images, source, base_hash = read_images(config.images), config.model, None
-    data = data_provenance(images, config.images)
-    check_folder(source.pretrained_model_name_or_path)
-    with suppress(UsageError):  # a model of the hub that is not downloaded yet
-        base_hash = model_hash(
-            source.pretrained_model_name_or_path, revision=source.revision, cache_dir=source.cache_dir
-        )
-    with start_run(
-        config,
-        config.train,
-        num_images=len(images),
-        data_hash=data_hash(images),
-        weights_file=LORA_FILE,
-        base_hash=base_hash,
-    ) as run:
-        train_lora(run, config, images, data)
+    images = read_images(config.images)
+    with open_run(config, images, data_provenance(images, config.images), weights_file=LORA_FILE) as opened:
+        train_lora(opened, config)
 
 
-def train_lora(run: Run, config: LoraRun, images: list[CaptionedImage], data: dict[str, object]) -> None:
-    """Train on images that passed the checks, in a run that was opened."""
+def train_lora(opened: Opened, config: LoraRun) -> None:
+    """Train in a run that was opened, on images that passed the checks."""
     from functools import partial
 
     from finetune.core.batches import captioned_batches
     from finetune.core.loop import train
-    from finetune.core.models import Denoiser, load_models, model_provenance
-    from finetune.core.noise import from_scheduler
+    from finetune.core.models import Denoiser
     from finetune.core.objective import denoising_loss
     from finetune.core.optimizer import base_learning_rate
     from finetune.core.previews import Previews
     from finetune.core.trainable import lora_adapters
     from finetune.core.weights import save_lora
 
-    device = run.accelerator.device
-    source = config.model
-    models = load_models(
-        source.pretrained_model_name_or_path,
-        revision=source.revision,
-        variant=source.variant,
-        cache_dir=source.cache_dir,
-        device=device,
-    )
-    schedule = from_scheduler(models.scheduler.config, config.noise.prediction_type).to(device)
-    models.scheduler.register_to_config(prediction_type=schedule.prediction_type)  # previews sample what is trained
+    run, models, schedule, images = opened.run, opened.models, opened.schedule, opened.images
     batches = captioned_batches(images, models, config.images, config.noise, run, num_timesteps=schedule.num_timesteps)
     models.unet.to(run.weight_dtype)
     rate = base_learning_rate(config.train, run.accelerator.num_processes)
@@ -116,16 +90,7 @@ def train_lora(run: Run, config: LoraRun, images: list[CaptionedImage], data: di
         previews.show(step.number)
 
     if run.is_main:
-        provenance = {
-            "method": "lora",
-            "base_model": model_provenance(models, source.revision, source.cache_dir),
-            **data,
-            "config_hash": run.config_hash,
-            "height": batches.size,
-            "width": batches.size,
-            "scheduler": dict(models.scheduler.config),
-            "steps": run.total_steps,
-        }
+        provenance = opened.provenance("lora", height=batches.size, width=batches.size)
         run.say(f"saved {save_lora(run.folder, models, provenance)}; next:")
     run.say(
         f"  python -m eval.generate --pretrained_model_name_or_path {models.name} --adapter {run.folder} "

@@ -22,7 +22,7 @@ from finetune.core.batches import (
     prepare_pixels,
     read_images,
 )
-from finetune.core.config import ImageFolderConfig, NoiseConfig, TrainConfig
+from finetune.core.config import ImageFolderConfig, NoiseConfig, PictureConfig, TrainConfig
 from finetune.core.models import encode_prompts, load_models
 from finetune.core.run import start_run
 
@@ -31,10 +31,12 @@ MakeBatches = Callable[..., CaptionedBatches]
 
 @pytest.fixture
 def make_batches(toy_sd: Path, captioned_images: Path, tmp_path: Path) -> MakeBatches:
-    def make(images: dict[str, object] | None = None, **train: object) -> CaptionedBatches:
-        config = ImageFolderConfig(**{"train_data_dir": captioned_images, **(images or {})})
+    def make(
+        pictures: dict[str, object] | None = None, folder: Path = captioned_images, **train: object
+    ) -> CaptionedBatches:
+        config = PictureConfig(**(pictures or {}))
         settings = TrainConfig(output_dir=tmp_path / "run", seed=0, report_to="none", overwrite=True, **train)
-        found = read_images(config)
+        found = read_images(ImageFolderConfig(train_data_dir=folder))
         run = start_run(settings, settings, num_images=len(found), data_hash="", weights_file="w")
         try:
             models = load_models(str(toy_sd))
@@ -144,7 +146,7 @@ def test_random_crops_move_and_equal_cutting_by_hand(
     levels = np.random.default_rng(0).integers(0, 255, (*size, 3), dtype=np.uint8)
     Image.fromarray(levels).save(folder / "a.png")
     (folder / "metadata.jsonl").write_text('{"file_name": "a.png", "text": "x"}\n')
-    batches = make_batches({"train_data_dir": folder, "center_crop": False}, train_batch_size=1)
+    batches = make_batches({"center_crop": False}, folder, train_batch_size=1)
     means = {float(batches.update(number).batches[0].latents.mean()) for number in range(4)}
     assert batches.moments is None
     assert len(means) == 4
@@ -188,8 +190,8 @@ def test_threads_read_what_one_reads_with_random_crops(
     folder = shutil.copytree(captioned_images, tmp_path / "wide")
     for path in folder.glob("*.png"):
         Image.open(path).resize((48, 32)).save(path)
-    options = {"train_data_dir": folder, "center_crop": False}
-    alone = make_batches(options).update(0)
+    options = {"center_crop": False}
+    alone = make_batches(options, folder).update(0)
     threads, load = set(), batches._load_pixels
 
     def watched(*arguments: object) -> torch.Tensor:
@@ -197,7 +199,7 @@ def test_threads_read_what_one_reads_with_random_crops(
         return load(*arguments)
 
     monkeypatch.setattr(batches, "_load_pixels", watched)
-    pooled = make_batches(options | {"dataloader_num_workers": 2}).update(0)
+    pooled = make_batches(options | {"dataloader_num_workers": 2}, folder).update(0)
     assert threads
     assert all(name.startswith("ThreadPool") for name in threads)
     assert torch.equal(alone.batches[0].latents, pooled.batches[0].latents)
@@ -209,7 +211,7 @@ def test_a_caption_that_would_be_cut_is_refused(
     folder = shutil.copytree(captioned_images, tmp_path / "long")
     (folder / "metadata.jsonl").write_text(json.dumps({"file_name": "00.png", "text": "x" * 90}) + "\n")
     with pytest.raises(InputError, match=r"metadata.jsonl:1: the caption has 92 tokens, 77 are read"):
-        make_batches({"train_data_dir": folder})
+        make_batches(folder=folder)
 
 
 @pytest.mark.parametrize(
@@ -242,7 +244,7 @@ def test_a_truncated_image_is_named(make_batches: MakeBatches, captioned_images:
     folder = shutil.copytree(captioned_images, tmp_path / "images")
     (folder / "03.png").write_bytes((folder / "03.png").read_bytes()[:300])
     with pytest.raises(InputError, match=r"03.png: cannot be decoded"):
-        make_batches({"train_data_dir": folder})
+        make_batches(folder=folder)
 
 
 @pytest.mark.parametrize("what", ["folder", "metadata"])

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from finetune.core.batches import CaptionedBatches, captioned_batches, read_images
-from finetune.core.config import ImageFolderConfig, LoraConfig, NoiseConfig, TrainConfig
+from finetune.core.config import ImageFolderConfig, LoraConfig, NoiseConfig, PictureConfig, TrainConfig
 from finetune.core.latents import Moments
 from finetune.core.loop import train
 from finetune.core.models import Denoiser, load_models
@@ -38,14 +38,14 @@ def train_toy(toy_sd: Path, captioned_images: Path, tmp_path: Path) -> TrainToy:
         snr_gamma: float | None = None,
         **options: object,
     ) -> Result:
-        images_config = ImageFolderConfig(train_data_dir=captioned_images, caption_dropout=0.2)
+        pictures = PictureConfig(caption_dropout=0.2)
         noise = NoiseConfig(noise_offset=0.1)
         settings = {"output_dir": tmp_path / folder, "seed": 0, "report_to": "none", "learning_rate": 1e-2}
         config = TrainConfig(**(settings | {"max_train_steps": 6, "train_batch_size": 4} | options))
-        images = read_images(images_config)
+        images = read_images(ImageFolderConfig(train_data_dir=captioned_images))
         run = start_run(config, config, num_images=len(images), data_hash="", weights_file="w.safetensors")
         models = load_models(str(toy_sd))
-        batches = captioned_batches(images, models, images_config, noise, run, num_timesteps=1000)
+        batches = captioned_batches(images, models, pictures, noise, run, num_timesteps=1000)
         learns = lora_adapters(models, LoraConfig(rank=2), learning_rate=1e-2, seed=0)
         if double:
             models.unet.double()

@@ -18,7 +18,7 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from configs.errors import TisserandError
 from finetune.core.batches import CaptionedBatches, captioned_batches, read_images
-from finetune.core.config import ImageFolderConfig, LoraConfig, NoiseConfig, TrainConfig
+from finetune.core.config import ImageFolderConfig, LoraConfig, NoiseConfig, PictureConfig, TrainConfig
 from finetune.core.loop import Step, train
 from finetune.core.models import Denoiser, Models, load_models
 from finetune.core.noise import from_scheduler
@@ -35,14 +35,13 @@ def make_parts(toy_sd: Path, captioned_images: Path, tmp_path: Path) -> Iterator
     runs = []
 
     def make(targets: str = "attention", **options: object) -> Parts:
-        images_config = ImageFolderConfig(train_data_dir=captioned_images)
         settings = {"output_dir": tmp_path / "run", "seed": 0, "report_to": "none", "train_batch_size": 4}
         config = TrainConfig(**(settings | {"max_train_steps": 3} | options))
-        images = read_images(images_config)
+        images = read_images(ImageFolderConfig(train_data_dir=captioned_images))
         run = start_run(config, config, num_images=len(images), data_hash="", weights_file="w.safetensors")
         runs.append(run)
         models = load_models(str(toy_sd))
-        batches = captioned_batches(images, models, images_config, NoiseConfig(), run, num_timesteps=1000)
+        batches = captioned_batches(images, models, PictureConfig(), NoiseConfig(), run, num_timesteps=1000)
         rate = base_learning_rate(config, 1)
         learns = lora_adapters(models, LoraConfig(rank=2, lora_targets=targets), learning_rate=rate, seed=0)
         return run, models, learns, batches, config

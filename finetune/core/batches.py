@@ -24,7 +24,7 @@ from torch import Tensor
 
 from configs.errors import InputError, UsageError
 from data_prep.manifest import MANIFEST_NAME, METADATA_NAME, is_inside, read_manifest, read_records, sha256_of
-from finetune.core.config import ImageFolderConfig, NoiseConfig, TrainConfig
+from finetune.core.config import ImageFolderConfig, NoiseConfig, PictureConfig, TrainConfig
 from finetune.core.latents import Moments, cache_folder, cached_moments, encode, module_hash, sample
 from finetune.core.models import Models, encode_prompts
 from finetune.core.noise import Draws, draw, permutation
@@ -159,7 +159,7 @@ def _load_pixels(image: CaptionedImage, size: int, interpolation: str, crop: Seq
 
 
 def _load_all(
-    images: list[CaptionedImage], size: int, config: ImageFolderConfig, crops: Sequence[Sequence[float]]
+    images: list[CaptionedImage], size: int, config: PictureConfig, crops: Sequence[Sequence[float]]
 ) -> Tensor:
     """Decode and prepare several images, in ``dataloader_num_workers`` threads if there are any."""
 
@@ -193,7 +193,7 @@ class CaptionedBatches:
     caption_ids: Tensor
     shape: tuple[int, int, int]
     num_timesteps: int
-    config: ImageFolderConfig
+    config: PictureConfig
     noise: NoiseConfig
     seed: int
     train: TrainConfig
@@ -269,7 +269,7 @@ def _order(seed: int, epoch: int, length: int) -> list[int]:
 def captioned_batches(
     images: list[CaptionedImage],
     models: Models,
-    config: ImageFolderConfig,
+    config: PictureConfig,
     noise: NoiseConfig,
     run: Run,
     *,
@@ -330,7 +330,7 @@ def _is_square(image: CaptionedImage) -> bool:
         return opened.width == opened.height
 
 
-def _cached(images: list[CaptionedImage], models: Models, config: ImageFolderConfig, size: int, run: Run) -> Moments:
+def _cached(images: list[CaptionedImage], models: Models, config: PictureConfig, size: int, run: Run) -> Moments:
     """Return the posteriors from the cache; other processes wait for the first one to fill it."""
     root = config.latent_cache_dir or run.folder / "cache"
     preprocessing = {"size": size, "interpolation": config.image_interpolation_mode, "crop": "center"}

@@ -46,7 +46,7 @@ class ModelConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class ImageFolderConfig:
-    """A folder of 8-bit images with ``metadata.jsonl``, and how its images become training pictures."""
+    """A folder of 8-bit images with ``metadata.jsonl``."""
 
     train_data_dir: Path
     """Folder with images and metadata.jsonl (a line per image: file_name, text)."""
@@ -56,6 +56,20 @@ class ImageFolderConfig:
     """Key of metadata.jsonl that holds the caption."""
     max_train_samples: int | None = None
     """Train on this many images, drawn at random and the same whatever the seed; all if absent."""
+    dataset_name: str | None = None
+    """Refused: data sets of the hub are not read; download it and give its folder as --train_data_dir."""
+
+    def __post_init__(self) -> None:
+        """Check ranges."""
+        if self.dataset_name is not None:
+            raise _refuse("dataset_name", self.dataset_name, "not read here; give a folder as --train_data_dir")
+        _need_positive(max_train_samples=self.max_train_samples)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PictureConfig:
+    """How images become training pictures."""
+
     resolution: int | None = None
     """Side of the training pictures in px, a multiple of 8; the model's own size if absent."""
     center_crop: bool = True
@@ -71,13 +85,9 @@ class ImageFolderConfig:
     """Where encoded images are kept; OUTPUT_DIR/cache if absent. Runs may share one. Ours."""
     dataloader_num_workers: int = 0
     """Threads that read and decode images where they are encoded; 0: none beside the main one."""
-    dataset_name: str | None = None
-    """Refused: data sets of the hub are not read; download it and give its folder as --train_data_dir."""
 
     def __post_init__(self) -> None:
         """Check ranges."""
-        if self.dataset_name is not None:
-            raise _refuse("dataset_name", self.dataset_name, "not read here; give a folder as --train_data_dir")
         if self.random_flip:
             raise _refuse(
                 "random_flip", self.random_flip, "a mirrored slice changes direction; cut more slices instead"
@@ -86,7 +96,7 @@ class ImageFolderConfig:
             raise _refuse(
                 "resolution", self.resolution, f"must be a multiple of 8, such as {self.resolution // 8 * 8 or 8}"
             )
-        _need_positive(resolution=self.resolution, max_train_samples=self.max_train_samples)
+        _need_positive(resolution=self.resolution)
         _need_not_negative(dataloader_num_workers=self.dataloader_num_workers)
         if not 0 <= self.caption_dropout < 1:
             raise _refuse("caption_dropout", self.caption_dropout, "must be in [0, 1)")
