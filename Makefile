@@ -51,10 +51,11 @@ lock: setup ## move every dependency but torch to its newest version and write r
 		| sed 's/+cpu$$//'; } > requirements.lock.new
 	mv requirements.lock.new requirements.lock
 
-tiny-sd: setup ## draw the small world and train the embedded base model again: runs/tiny-sd, about 1.5 hours
+tiny-sd: setup ## draw the small world and train the embedded base model again: runs/tiny-sd, about 2.5 hours
 	$(PY) -m data_prep.shapes --num_images 48000 --seed 0 --output_dir data/shapes
 	$(PY) finetune/pretrain.py --config configs/pretrain_tiny.yaml
 	$(PY) finetune/pretrain.py --config configs/pretrain_tiny_colours.yaml
+	$(PY) finetune/pretrain.py --config configs/pretrain_tiny_final.yaml
 
 clean: ## remove caches and outputs, not .venv
 	rm -rf .mypy_cache .ruff_cache .pytest_cache build demo *.egg-info
