@@ -121,6 +121,7 @@ def start_run(
     num_images: int,
     data_hash: str,
     weights_file: str,
+    more_files: tuple[str, ...] = (),
     base_hash: str | None = None,
 ) -> Run:
     """Start a run, or continue the one in ``--output_dir``; leave with 0 if it is finished.
@@ -133,6 +134,7 @@ def start_run(
         num_images: images of an epoch.
         data_hash: of the images and captions, from ``batches.data_hash``.
         weights_file: what the finished run leaves; goes with ``--overwrite``.
+        more_files: what else it leaves, files or folders; they go with it.
         base_hash: of the model to start from, or None if it is not known yet.
 
     Raises:
@@ -146,7 +148,7 @@ def start_run(
     threads = _set_threads(accelerator)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = train.allow_tf32
     with ExitStack() as on_refusal:
-        lock = _prepare_folder(folder, train, weights_file) if accelerator.is_main_process else None
+        lock = _prepare_folder(folder, train, {weights_file, *more_files}) if accelerator.is_main_process else None
         on_refusal.callback(_free, folder, lock)
         accelerator.wait_for_everyone()
 
@@ -260,13 +262,14 @@ def _launcher_chose_threads() -> bool:
         return True
 
 
-def _prepare_folder(folder: Path, train: TrainConfig, weights_file: str) -> TextIO:
+def _prepare_folder(folder: Path, train: TrainConfig, weights: set[str]) -> TextIO:
     """Make the folder, lock it for this process, and clear an earlier run if asked to."""
     if folder.exists() and not folder.is_dir():
         raise UsageError(f"--output_dir {folder}: is a file; name a folder")
-    ours = {CONFIG, ENVIRONMENT, METRICS, PROVENANCE, weights_file, "previews", train.logging_dir}
+    ours = {CONFIG, ENVIRONMENT, METRICS, PROVENANCE, *weights, "previews", train.logging_dir}
     if folder.is_dir():
-        strange = {path.name for path in folder.iterdir()} - ours - {LOCK, "cache"}
+        # Weights beside no config.yaml are somebody's model, not a run of ours.
+        strange = {path.name for path in folder.iterdir()} - (ours - weights) - {LOCK, "cache"}
         if strange and not (folder / CONFIG).is_file() and not checkpoints.checkpoints(folder):
             raise UsageError(f"--output_dir {folder}: holds {sorted(strange)[0]} and no run; name another folder")
     folder.mkdir(parents=True, exist_ok=True)

@@ -1,0 +1,126 @@
+"""Open a run: what every recipe does between its images and what learns."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+
+from configs.errors import UsageError
+from finetune.core.batches import CaptionedImage, data_hash
+from finetune.core.config import ModelConfig, NoiseConfig, TrainConfig
+from finetune.core.models import Models, check_folder, load_models, model_hash
+from finetune.core.noise import NoiseSchedule, from_scheduler
+from finetune.core.run import Run, start_run
+
+
+class Recipe(Protocol):
+    """What the settings of every recipe hold."""
+
+    @property
+    def model(self) -> ModelConfig:
+        """The Stable Diffusion to start from."""
+
+    @property
+    def noise(self) -> NoiseConfig:
+        """How pictures are made noisy."""
+
+    @property
+    def train(self) -> TrainConfig:
+        """The loop."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Opened:
+    """A run in progress with its base model.
+
+    Attributes:
+        models: as loaded: float32, frozen, on the training device; the scheduler is the one that is trained.
+        schedule: on the training device.
+        images: that passed the checks.
+        data: what the weights file says about them.
+        base: what the weights file says about the base model: its name as typed, and its hash.
+    """
+
+    run: Run
+    models: Models
+    schedule: NoiseSchedule
+    images: list[CaptionedImage]
+    data: dict[str, object]
+    base: dict[str, str]
+
+    @property
+    def device(self) -> torch.device:
+        """Where the forward pass runs."""
+        return self.run.accelerator.device
+
+    def provenance(self, method: str, *, height: int, width: int) -> dict[str, Any]:
+        """Return what the weights say about where they come from; pictures are made in this size unless asked for."""
+        return {
+            "method": method,
+            "base_model": self.base,
+            **self.data,
+            "config_hash": self.run.config_hash,
+            "height": height,
+            "width": width,
+            "scheduler": dict(self.models.scheduler.config),
+            "steps": self.run.total_steps,
+        }
+
+
+@contextmanager
+def open_run(
+    config: Recipe,
+    images: list[CaptionedImage],
+    data: dict[str, object],
+    *,
+    weights_file: str,
+    more_files: tuple[str, ...] = (),
+) -> Iterator[Opened]:
+    """Check the base model, start or continue the run, load the model; for a ``with`` block.
+
+    Args:
+        config: the recipe's settings, whole.
+        images: that passed the checks.
+        data: what the weights file says about them, from ``batches.data_provenance``.
+        weights_file: what the finished run leaves; written last, so that it says that the run is finished.
+        more_files: what else it leaves, files or folders; all go with ``--overwrite``.
+
+    Raises:
+        UsageError: no such model, or a run that cannot be started or continued.
+    """
+    source, base_hash = config.model, None
+    name = source.pretrained_model_name_or_path
+    check_folder(name)
+    with suppress(UsageError):  # a model of the hub that is not downloaded yet
+        base_hash = model_hash(name, revision=source.revision, cache_dir=source.cache_dir)
+    with start_run(
+        config,
+        config.train,
+        num_images=len(images),
+        data_hash=data_hash(images),
+        weights_file=weights_file,
+        more_files=more_files,
+        base_hash=base_hash,
+    ) as run:
+        models = load_models(
+            name,
+            revision=source.revision,
+            variant=source.variant,
+            cache_dir=source.cache_dir,
+            device=run.accelerator.device,
+        )
+        schedule = from_scheduler(models.scheduler.config, config.noise.prediction_type)
+        models.scheduler.register_to_config(prediction_type=schedule.prediction_type)  # previews sample what is trained
+        base_hash = base_hash or model_hash(name, revision=source.revision, cache_dir=source.cache_dir)
+        yield Opened(
+            run=run,
+            models=models,
+            schedule=schedule.to(run.accelerator.device),
+            images=images,
+            data=data,
+            base={"name": name, "hash": base_hash},
+        )
