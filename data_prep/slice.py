@@ -2,7 +2,7 @@
 
     python -m data_prep.slice --volumes dry=dry.tif dry_compacted=dc.tif injected=inj.tif --output_dir data/weave
 
-The settings, and what they mean for each volume, are in ``plan.py``.
+The settings are in ``config.py``, what they mean for each volume in ``plan.py``.
 """
 
 from __future__ import annotations
@@ -25,9 +25,10 @@ from configs.errors import TisserandError
 from configs.load import as_dict, command, save
 from data_prep import manifest, png
 from data_prep.card import card, count_pictures, entry
+from data_prep.config import AXES, SliceConfig
 from data_prep.filters import count_near_duplicates, is_blank, thumbnail
 from data_prep.manifest import SliceRow
-from data_prep.plan import AXES, Picture, Plan, SliceConfig, make_plans, num_workers, queue_length
+from data_prep.plan import Picture, Plan, make_plans, num_workers, queue_length
 from data_prep.planes import scan
 from data_prep.split import TRAIN
 from data_prep.verify import verify

@@ -18,9 +18,10 @@ from scipy.ndimage import gaussian_filter
 
 from configs.errors import InputError, TisserandError, UsageError
 from configs.load import load
+from data_prep.config import SliceConfig
 from data_prep.intensity import Window, WindowEstimate, window_from
 from data_prep.manifest import SliceRow, read_manifest, read_rows
-from data_prep.plan import SliceConfig, Volume, buffer_budget, make_plans, plan_pictures
+from data_prep.plan import Volume, buffer_budget, make_plans, plan_pictures
 from data_prep.readers import VolumeInfo
 from data_prep.slice import main
 from data_prep.verify import verify
