@@ -137,6 +137,8 @@ def options_of(config_class: type) -> dict[str, Option]:
         )
         if dataclasses.is_dataclass(annotation):
             new = options_of(typing.cast(type, annotation))
+            if field.default_factory is not dataclasses.MISSING:
+                new = {name: dataclasses.replace(option, is_required=False) for name, option in new.items()}
         else:
             kinds = typing.get_args(annotation) if _is_union(annotation) else (annotation,)
             without_none: Any = functools.reduce(operator.or_, (kind for kind in kinds if kind is not types.NoneType))

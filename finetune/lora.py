@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING
 
 from configs.load import command
 from finetune.core.config import (
+    HubConfig,
     ImageFolderConfig,
-    LoraConfig,
     ModelConfig,
     NoiseConfig,
     ObjectiveConfig,
@@ -25,6 +25,7 @@ from finetune.core.config import (
     RefusedConfig,
     TrainConfig,
 )
+from finetune.core.method_config import LoraConfig
 
 if TYPE_CHECKING:
     from finetune.core.open import Opened
@@ -42,6 +43,7 @@ class LoraRun:
     noise: NoiseConfig = field(default_factory=NoiseConfig)
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     previews: PreviewConfig = field(default_factory=PreviewConfig)
+    hub: HubConfig = field(default_factory=HubConfig)
     refused: RefusedConfig = field(default_factory=RefusedConfig)
 
 

@@ -12,9 +12,10 @@ import torch
 from torch import Tensor
 
 from finetune.core.batches import CaptionedBatches, captioned_batches, read_images
-from finetune.core.config import ImageFolderConfig, LoraConfig, NoiseConfig, PictureConfig, TrainConfig
+from finetune.core.config import ImageFolderConfig, NoiseConfig, PictureConfig, TrainConfig
 from finetune.core.latents import Moments
 from finetune.core.loop import train
+from finetune.core.method_config import LoraConfig
 from finetune.core.models import Denoiser, load_models
 from finetune.core.noise import from_scheduler
 from finetune.core.objective import denoising_loss

@@ -18,8 +18,9 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from configs.errors import TisserandError
 from finetune.core.batches import CaptionedBatches, captioned_batches, read_images
-from finetune.core.config import ImageFolderConfig, LoraConfig, NoiseConfig, PictureConfig, TrainConfig
+from finetune.core.config import ImageFolderConfig, NoiseConfig, PictureConfig, TrainConfig
 from finetune.core.loop import Step, train
+from finetune.core.method_config import LoraConfig
 from finetune.core.models import Denoiser, Models, load_models
 from finetune.core.noise import from_scheduler
 from finetune.core.objective import denoising_loss

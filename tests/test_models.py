@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from configs.errors import InputError, UsageError
-from finetune.core.config import LoraConfig
+from finetune.core.method_config import LoraConfig
 from finetune.core.models import (
     LORA_FILE,
     Models,

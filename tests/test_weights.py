@@ -15,7 +15,7 @@ from diffusers.utils import convert_state_dict_to_diffusers
 from peft import get_peft_model_state_dict
 from safetensors import safe_open
 
-from finetune.core.config import LoraConfig
+from finetune.core.method_config import LoraConfig
 from finetune.core.models import LORA_FILE, Models, as_pipeline, load_models
 from finetune.core.trainable import lora_adapters
 from finetune.core.weights import save_lora

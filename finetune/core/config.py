@@ -1,7 +1,7 @@
 """Settings shared by the recipes: frozen values, without torch, spelled as in diffusers' example scripts.
 
-A recipe composes those it honours; every field becomes a flag and a YAML key of the same name. Defaults are those of
-diffusers' ``train_text_to_image_lora.py`` unless the field says otherwise.
+A recipe composes those it honours, and those of its method in ``method_config``; every field becomes a flag and a YAML
+key of the same name. Defaults are those of diffusers' ``train_text_to_image_lora.py`` unless the field says otherwise.
 """
 
 from __future__ import annotations
@@ -11,23 +11,23 @@ from pathlib import Path, PurePath
 from typing import Literal
 
 
-def _refuse(flag: str, value: object, allowed: str) -> ValueError:
+def refuse(flag: str, value: object, allowed: str) -> ValueError:
     """Say which setting is wrong, its value, and what is allowed."""
     return ValueError(f"--{flag} {value}: {allowed}")
 
 
-def _need_positive(**values: float | None) -> None:
+def need_positive(**values: float | None) -> None:
     """Refuse the first given value that is not above zero."""
     for flag, value in values.items():
         if value is not None and not value > 0:
-            raise _refuse(flag, value, "must be above 0")
+            raise refuse(flag, value, "must be above 0")
 
 
-def _need_not_negative(**values: float | None) -> None:
+def need_not_negative(**values: float | None) -> None:
     """Refuse the first given value below zero."""
     for flag, value in values.items():
         if value is not None and not value >= 0:
-            raise _refuse(flag, value, "must be 0 or more")
+            raise refuse(flag, value, "must be 0 or more")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,8 +40,18 @@ class ModelConfig:
     """Revision of the hub model."""
     variant: str | None = None
     """Variant of the weight files, such as fp16."""
+    non_ema_revision: str | None = None
+    """Revision of the hub model whose U-Net learns, where another one than `revision` holds weights not averaged."""
+    tokenizer_name: str | None = None
+    """Tokenizer, a folder or a model id, if it is not that of the model."""
+    tokenizer_max_length: int | None = None
+    """Tokens of a prompt, at most those the text encoder reads; the tokenizer's own if absent."""
     cache_dir: Path | None = None
     """Where models of the hub are kept; the library's own place if absent."""
+
+    def __post_init__(self) -> None:
+        """Check ranges."""
+        need_positive(tokenizer_max_length=self.tokenizer_max_length)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,8 +72,8 @@ class ImageFolderConfig:
     def __post_init__(self) -> None:
         """Check ranges."""
         if self.dataset_name is not None:
-            raise _refuse("dataset_name", self.dataset_name, "not read here; give a folder as --train_data_dir")
-        _need_positive(max_train_samples=self.max_train_samples)
+            raise refuse("dataset_name", self.dataset_name, "not read here; give a folder as --train_data_dir")
+        need_positive(max_train_samples=self.max_train_samples)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,17 +99,21 @@ class PictureConfig:
     def __post_init__(self) -> None:
         """Check ranges."""
         if self.random_flip:
-            raise _refuse(
-                "random_flip", self.random_flip, "a mirrored slice changes direction; cut more slices instead"
-            )
+            raise refuse("random_flip", self.random_flip, "a mirrored slice changes direction; cut more slices instead")
         if self.resolution is not None and self.resolution % 8:
-            raise _refuse(
+            raise refuse(
                 "resolution", self.resolution, f"must be a multiple of 8, such as {self.resolution // 8 * 8 or 8}"
             )
-        _need_positive(resolution=self.resolution)
-        _need_not_negative(dataloader_num_workers=self.dataloader_num_workers)
+        need_positive(resolution=self.resolution)
+        need_not_negative(dataloader_num_workers=self.dataloader_num_workers)
         if not 0 <= self.caption_dropout < 1:
-            raise _refuse("caption_dropout", self.caption_dropout, "must be in [0, 1)")
+            raise refuse("caption_dropout", self.caption_dropout, "must be in [0, 1)")
+
+
+EPSILON_OF_PURE_NOISE = (
+    "the schedule ends in pure noise (zero-terminal SNR), where epsilon is read off the input and nothing is learned; "
+    "--prediction_type v_prediction is needed"
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,12 +122,27 @@ class NoiseConfig:
 
     noise_offset: float = 0.0
     """Strength of noise shared by a whole channel, so that overall brightness can be learned; 0.05 to 0.1 is usual."""
+    offset_noise: bool = False
+    """Noise offset of 0.1, as train_dreambooth.py spells it."""
+    input_perturbation: float = 0.0
+    """Strength of further noise on the model's input alone, not on its target; 0.1 is the paper's."""
+    rescale_betas_zero_snr: bool = False
+    """Rescale the schedule so that it ends in pure noise (zero-terminal SNR); needs v_prediction."""
     prediction_type: Literal["epsilon", "v_prediction"] | None = None
     """What the model predicts; read from the model's scheduler if absent."""
 
     def __post_init__(self) -> None:
-        """Check ranges."""
-        _need_not_negative(noise_offset=self.noise_offset)
+        """Check ranges, and options that exclude one another."""
+        need_not_negative(noise_offset=self.noise_offset, input_perturbation=self.input_perturbation)
+        if self.offset_noise and self.noise_offset:
+            raise refuse("noise_offset", self.noise_offset, "leave out --offset_noise, which means 0.1")
+        if self.rescale_betas_zero_snr and self.prediction_type == "epsilon":
+            raise refuse("prediction_type", "epsilon", EPSILON_OF_PURE_NOISE)
+
+    @property
+    def offset(self) -> float:
+        """The noise offset in force."""
+        return 0.1 if self.offset_noise else self.noise_offset
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -125,28 +154,7 @@ class ObjectiveConfig:
 
     def __post_init__(self) -> None:
         """Check ranges."""
-        _need_positive(snr_gamma=self.snr_gamma)
-
-
-@dataclass(frozen=True, kw_only=True)
-class LoraConfig:
-    """Low-rank adapters on the U-Net."""
-
-    rank: int = 4
-    """Rank of the adapters."""
-    lora_alpha: float | None = None
-    """The adapters' output is scaled by lora_alpha / rank; equal to rank if absent."""
-    lora_targets: Literal["attention", "attention+resnet"] = "attention"
-    """Layers that get adapters: the attention projections, or the ResNet convolutions too. Ours."""
-
-    def __post_init__(self) -> None:
-        """Check ranges."""
-        _need_positive(rank=self.rank, lora_alpha=self.lora_alpha)
-
-    @property
-    def alpha(self) -> float:
-        """The alpha in force."""
-        return float(self.rank if self.lora_alpha is None else self.lora_alpha)
+        need_positive(snr_gamma=self.snr_gamma)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -155,20 +163,29 @@ class PreviewConfig:
 
     validation_prompt: tuple[str, ...] = ()
     """Prompts to render, one or several; none: no previews."""
+    validation_prompts: tuple[str, ...] = ()
+    """More of them, as train_text_to_image.py spells it."""
     num_validation_images: int = 4
     """Pictures a prompt."""
     validation_epochs: int = 1
     """Epochs between previews."""
     validation_steps: int | None = None
     """Steps between previews; wins over validation_epochs. Ours."""
+    validation_scheduler: Literal["DPMSolverMultistepScheduler", "DDPMScheduler"] = "DPMSolverMultistepScheduler"
+    """Sampler of the previews."""
 
     def __post_init__(self) -> None:
         """Check ranges."""
-        _need_positive(
+        need_positive(
             num_validation_images=self.num_validation_images,
             validation_epochs=self.validation_epochs,
             validation_steps=self.validation_steps,
         )
+
+    @property
+    def prompts(self) -> tuple[str, ...]:
+        """What is rendered, each prompt once."""
+        return tuple(dict.fromkeys((*self.validation_prompt, *self.validation_prompts)))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -201,6 +218,14 @@ class TrainConfig:
     """Schedule of the learning rate, by diffusers' names."""
     lr_warmup_steps: int = 500
     """Steps over which the learning rate rises from 0; `constant` has no warm-up."""
+    lr_num_cycles: int = 1
+    """Restarts of `cosine_with_restarts`."""
+    lr_power: float = 1.0
+    """Power of `polynomial`."""
+    optimizer: Literal["adamw", "adafactor", "prodigy"] = "adamw"
+    """Optimizer: adafactor needs less memory, prodigy finds the learning rate (give --learning_rate 1). Ours."""
+    use_8bit_adam: bool = False
+    """Hold AdamW's moments in 8 bits; needs bitsandbytes and a GPU."""
     adam_beta1: float = 0.9
     """Decay of AdamW's first moment."""
     adam_beta2: float = 0.999
@@ -215,6 +240,12 @@ class TrainConfig:
     """Precision of the forward pass; what learns is float32 in any case. From `accelerate launch` if absent."""
     allow_tf32: bool = False
     """Let matrix products use TF32 on NVIDIA GPUs."""
+    enable_xformers_memory_efficient_attention: bool = False
+    """Compute attention with xformers, which must be there with a GPU; by default PyTorch's own is used, as frugal."""
+    set_grads_to_none: bool = False
+    """Free the gradients after each update instead of zeroing them. Always so."""
+    dry_run: bool = False
+    """Check everything, print the memory estimate, and stop before the first step. Ours."""
     checkpointing_steps: int = 500
     """Steps between checkpoints."""
     checkpoints_total_limit: int | None = None
@@ -225,12 +256,16 @@ class TrainConfig:
     """Steps between lines of metrics.jsonl. Ours."""
     report_to: str = "tensorboard"
     """Tracker: tensorboard, wandb, comet_ml, all, or none."""
+    tracker_project_name: str = "tisserand"
+    """Name of the project in the trackers."""
     logging_dir: str = "logs"
     """Folder of the trackers, within output_dir."""
+    local_rank: int | None = None
+    """Place of this process on its machine; the launcher says so, and it wins."""
 
     def __post_init__(self) -> None:
         """Check ranges."""
-        _need_positive(
+        need_positive(
             train_batch_size=self.train_batch_size,
             num_train_epochs=self.num_train_epochs,
             max_train_steps=self.max_train_steps,
@@ -241,16 +276,22 @@ class TrainConfig:
             checkpointing_steps=self.checkpointing_steps,
             checkpoints_total_limit=self.checkpoints_total_limit,
             logging_steps=self.logging_steps,
+            lr_num_cycles=self.lr_num_cycles,
+            lr_power=self.lr_power,
         )
-        _need_not_negative(
+        need_not_negative(
             seed=self.seed, lr_warmup_steps=self.lr_warmup_steps, adam_weight_decay=self.adam_weight_decay
         )
         logs = PurePath(self.logging_dir)
         if logs.is_absolute() or not logs.parts or ".." in logs.parts:
-            raise _refuse("logging_dir", self.logging_dir, "must be a folder within --output_dir, such as logs")
+            raise refuse("logging_dir", self.logging_dir, "must be a folder within --output_dir, such as logs")
+        if self.use_8bit_adam and self.optimizer != "adamw":
+            raise refuse("use_8bit_adam", True, f"is AdamW; leave out --optimizer {self.optimizer}")
+        if self.optimizer == "prodigy" and self.learning_rate < 0.1:
+            raise refuse("learning_rate", self.learning_rate, "prodigy multiplies the rate it finds by this: give 1")
         for flag, value in (("adam_beta1", self.adam_beta1), ("adam_beta2", self.adam_beta2)):
             if not 0 <= value < 1:
-                raise _refuse(flag, value, "must be in [0, 1)")
+                raise refuse(flag, value, "must be in [0, 1)")
 
     def steps_per_epoch(self, num_images: int, num_processes: int = 1) -> int:
         """Return the optimizer updates of one pass over the images; the last may be short."""
@@ -261,38 +302,50 @@ class TrainConfig:
         return self.max_train_steps or self.num_train_epochs * self.steps_per_epoch(num_images, num_processes)
 
 
+@dataclass(frozen=True, kw_only=True)
+class HubConfig:
+    """Uploading what a run leaves to the Hugging Face hub."""
+
+    push_to_hub: bool = False
+    """Upload weights, card and pictures when the run is finished."""
+    hub_model_id: str | None = None
+    """Repository to upload to, USER/NAME; your own one named like output_dir if absent."""
+    hub_token: str | None = None
+    """Access token; that of `hf auth login` if absent. It is not written to any file."""
+
+
 _REFUSED = {
-    "use_8bit_adam": "not in this version: it needs bitsandbytes; leave it out, the adapters' optimizer state is small",
-    "enable_xformers_memory_efficient_attention": "not needed: PyTorch's own memory-efficient attention is used",
-    "push_to_hub": "not in this version: nothing is uploaded; `hf upload` does it afterwards",
-    "hub_model_id": "not in this version: nothing is uploaded",
-    "hub_token": "not in this version: nothing is uploaded; log in with `hf auth login` to download",
-    "dataset_config_name": "not in this version: data sets of the hub are not read; give a folder as --train_data_dir",
-    "local_rank": "not needed: processes come from `accelerate launch` or `torchrun`",
+    "dataset_config_name": "data sets of the hub are not read; give a folder as --train_data_dir",
+    "no_safe_serialization": "weights are written as safetensors alone, never as pickles, which can run code",
+    "dream_training": "not in this version: DREAM doubles the cost of a step for a gain shown on other data",
+    "dream_detail_preservation": "not in this version: it belongs to --dream_training",
+    "class_labels_conditioning": "a Stable Diffusion 1.x or 2.x U-Net has no class labels",
+    "text_encoder_use_attention_mask": "Stable Diffusion's text encoder was trained without; sampling uses none either",
+    "validation_images": "the pipeline starts from a prompt alone; use --validation_prompt",
 }
 
 
 @dataclass(frozen=True, kw_only=True)
 class RefusedConfig:
-    """Options of diffusers' example script that are refused, each with its reason."""
+    """Options of diffusers' example scripts that are refused, each with its reason."""
 
-    use_8bit_adam: bool = False
-    """Refused."""
-    enable_xformers_memory_efficient_attention: bool = False
-    """Refused."""
-    push_to_hub: bool = False
-    """Refused."""
-    hub_model_id: str | None = None
-    """Refused."""
-    hub_token: str | None = None
-    """Refused."""
     dataset_config_name: str | None = None
     """Refused."""
-    local_rank: int | None = None
+    no_safe_serialization: bool = False
+    """Refused."""
+    dream_training: bool = False
+    """Refused."""
+    dream_detail_preservation: float | None = None
+    """Refused."""
+    class_labels_conditioning: str | None = None
+    """Refused."""
+    text_encoder_use_attention_mask: bool = False
+    """Refused."""
+    validation_images: tuple[str, ...] | None = None
     """Refused."""
 
     def __post_init__(self) -> None:
-        """Refuse what is given; a token is not repeated."""
+        """Refuse what is given."""
         for flag, reason in _REFUSED.items():
             value = getattr(self, flag)
             if value is not None and value is not False:
@@ -310,7 +363,10 @@ CHANGEABLE = frozenset(
         "logging_steps",
         "logging_dir",
         "report_to",
+        "tracker_project_name",
         "validation_prompt",
+        "validation_prompts",
+        "validation_scheduler",
         "num_validation_images",
         "validation_epochs",
         "validation_steps",
@@ -319,6 +375,12 @@ CHANGEABLE = frozenset(
         "cache_dir",
         "output_dir",
         "overwrite",
+        "dry_run",
+        "set_grads_to_none",
+        "local_rank",
+        "push_to_hub",
+        "hub_model_id",
+        "hub_token",
     }
 )
 """Options in which a continued run may differ from how it began (the images themselves are compared by content)."""

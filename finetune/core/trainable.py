@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from finetune.core.config import LoraConfig
+from finetune.core.method_config import LoraConfig
 from finetune.core.models import Models
 from finetune.core.noise import counter_seed
 
