@@ -156,8 +156,9 @@ def start_run(
         before = checkpoint.parent if checkpoint else folder
         saved, machine = _read_yaml(before / CONFIG), _read_json(before / ENVIRONMENT)
         seed = _choose_seed(train, saved)
-        # What was asked of this start alone: a copy of the file must not clear a folder, or look for a checkpoint.
-        once = {"seed": seed, "overwrite": False, "resume_from_checkpoint": None}
+        # What was asked of this start alone: a copy of the file must not clear a folder, look for a checkpoint, or hold
+        # a secret.
+        once = {"seed": seed, "overwrite": False, "resume_from_checkpoint": None, "dry_run": False, "hub_token": None}
         settings = {**yaml.safe_load(yaml.safe_dump(configs.load.as_dict(config))), **once}
         environment = _environment(accelerator, threads) | {"data_hash": data_hash, "base_hash": base_hash}
         if saved and (checkpoint or (folder / PROVENANCE).is_file()):
@@ -361,7 +362,7 @@ def _environment(accelerator: Accelerator, threads: int) -> dict[str, Any]:
     """Return what the result may depend on beside the settings."""
     device = accelerator.device
     return {
-        "command": sys.argv,
+        "command": _without_token(sys.argv),
         "python": platform.python_version(),
         "platform": platform.platform(),
         "libraries": {name: importlib.metadata.version(name) for name in _LIBRARIES},
@@ -373,6 +374,13 @@ def _environment(accelerator: Accelerator, threads: int) -> dict[str, Any]:
         "mixed_precision": accelerator.mixed_precision,
         "git_revision": _git_revision(),
     }
+
+
+def _without_token(words: list[str]) -> list[str]:
+    """Return a command line without the value of ``--hub_token``, which must not end up in a file."""
+    before = ["", *words]
+    hidden = ["***" if previous == "--hub_token" else word for previous, word in zip(before, words, strict=False)]
+    return ["--hub_token=***" if word.startswith("--hub_token=") else word for word in hidden]
 
 
 def _git_revision() -> str | None:
