@@ -72,7 +72,9 @@ def train_lora(opened: Opened, config: LoraRun) -> None:
     from finetune.core.weights import save_lora
 
     run, models, schedule, images = opened.run, opened.models, opened.schedule, opened.images
-    batches = captioned_batches(images, models, config.pictures, config.noise, run, num_timesteps=schedule.num_timesteps)
+    batches = captioned_batches(
+        images, models, config.pictures, config.noise, run, num_timesteps=schedule.num_timesteps
+    )
     models.unet.to(run.weight_dtype)
     rate = base_learning_rate(config.train, run.accelerator.num_processes)
     learns = lora_adapters(models, config.lora, learning_rate=rate, seed=run.seed)

@@ -2,12 +2,23 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
-from diffusers import DDPMScheduler
+from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler, PNDMScheduler, SchedulerMixin
 
 from configs.errors import UsageError
-from finetune.core.noise import NoiseSchedule, add_noise, draw, from_scheduler, permutation, velocity
+from finetune.core.config import NoiseConfig
+from finetune.core.noise import (
+    NoiseSchedule,
+    add_noise,
+    draw,
+    from_scheduler,
+    permutation,
+    trained_scheduler,
+    velocity,
+)
 
 SCHEDULES = [
     {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012},
@@ -53,6 +64,48 @@ def test_zero_terminal_schedule_ends_in_pure_noise() -> None:
 def test_epsilon_with_a_zero_terminal_schedule_is_refused() -> None:
     with pytest.raises(UsageError, match=r"--prediction_type epsilon.*v_prediction"):
         from_scheduler(DDPMScheduler(rescale_betas_zero_snr=True).config)
+
+
+@pytest.mark.parametrize("base", [PNDMScheduler, DDIMScheduler, DDPMScheduler])
+def test_rescaled_training_is_saved_with_its_schedule_and_sampled_from_pure_noise(
+    base: type[SchedulerMixin], tmp_path: Path
+) -> None:
+    noise = NoiseConfig(rescale_betas_zero_snr=True, prediction_type="v_prediction")
+    scheduler = trained_scheduler(base(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012), noise)
+    assert from_scheduler(scheduler.config).snr[-1] == 0
+    scheduler.save_pretrained(tmp_path)
+    again = type(scheduler).from_pretrained(tmp_path)
+    again.set_timesteps(10)
+    assert int(again.timesteps[0]) == 999
+    sampler = DPMSolverMultistepScheduler.from_config(again.config)
+    sampler.set_timesteps(10)
+    assert (int(sampler.timesteps[0]), sampler.config.prediction_type) == (999, "v_prediction")
+    assert float(sampler.alphas_cumprod[-1]) == 2**-24  # what diffusers' samplers hold for zero
+    assert float(again.alphas_cumprod[-1]) == 0.0
+
+
+def test_rescaling_needs_v_prediction() -> None:
+    with pytest.raises(ValueError, match=r"--prediction_type epsilon: the schedule ends in pure noise"):
+        NoiseConfig(rescale_betas_zero_snr=True, prediction_type="epsilon")
+    scheduler = trained_scheduler(DDIMScheduler(), NoiseConfig(rescale_betas_zero_snr=True))
+    with pytest.raises(UsageError, match=r"--prediction_type epsilon: the schedule ends in pure noise"):
+        from_scheduler(scheduler.config)
+
+
+def test_without_options_the_scheduler_stays_as_it_is() -> None:
+    before = PNDMScheduler(beta_schedule="scaled_linear", skip_prk_steps=True, steps_offset=1)
+    after = trained_scheduler(before, NoiseConfig())
+    assert (type(after), dict(after.config)) == (PNDMScheduler, dict(before.config))
+
+
+def test_input_perturbation_changes_the_input_noise_alone() -> None:
+    plain = draw(0, 7, shape=(4, 50, 50), num_timesteps=1000, noise_offset=0.1)
+    perturbed = draw(0, 7, shape=(4, 50, 50), num_timesteps=1000, noise_offset=0.1, input_perturbation=0.1)
+    assert torch.equal(plain.noise, perturbed.noise)
+    assert torch.equal(plain.noise, plain.input_noise)
+    assert torch.equal(plain.latent_noise, perturbed.latent_noise)
+    # 10,000 numbers: the standard error of a standard deviation of 0.1 is 0.1 / sqrt(20000) = 0.0007; five of them.
+    assert abs(float((perturbed.input_noise - plain.noise).std()) - 0.1) < 0.0036
 
 
 def test_a_prediction_type_that_is_not_trained_is_refused() -> None:

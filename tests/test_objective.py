@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from pathlib import Path
 
@@ -21,6 +22,7 @@ def make_batch(size: int, timesteps: list[int], prompts: Tensor, dtype: torch.dt
     return Batch(
         latents=latents,
         noise=noise,
+        input_noise=noise,
         timesteps=torch.tensor(timesteps),
         prompts=prompts.to(dtype),
         weights=torch.ones(size),
@@ -93,6 +95,21 @@ def test_min_snr_weight_is_the_papers(kind: str, snr: float, expected: float) ->
 def test_min_snr_weight_is_finite_where_no_signal_is_left(kind: str, expected: float) -> None:
     schedule = NoiseSchedule(torch.tensor([0.5, 0.0], dtype=torch.float64), kind)
     assert float(min_snr_weight(schedule, torch.tensor([1]), 5.0)) == expected
+
+
+def test_perturbed_input_keeps_its_target() -> None:
+    class Echo(nn.Module):
+        def forward(self, noisy: Tensor, timesteps: Tensor, prompts: Tensor) -> Tensor:
+            return noisy
+
+    scheduler = DDPMScheduler()
+    batch = make_batch(3, [10, 500, 999], torch.zeros(3, 77, 16))
+    more = torch.randn(batch.noise.shape, generator=torch.Generator().manual_seed(9), dtype=torch.float64)
+    batch = dataclasses.replace(batch, input_noise=batch.noise + 0.1 * more)
+    loss = denoising_loss(Echo(), batch, schedule=from_scheduler(scheduler.config))
+    noisy = scheduler.add_noise(batch.latents, batch.noise + 0.1 * more, batch.timesteps)
+    # diffusers holds alphas_cumprod in float32 and takes its roots there.
+    torch.testing.assert_close(loss, (noisy - batch.noise).square().mean((1, 2, 3)), atol=0, rtol=5e-6)
 
 
 def test_a_perfect_prediction_costs_nothing() -> None:

@@ -37,7 +37,8 @@ class Batch:
 
     Attributes:
         latents: (B, 4, h, w) float32, scaled.
-        noise: (B, 4, h, w) float32.
+        noise: (B, 4, h, w) float32, to predict.
+        input_noise: (B, 4, h, w) float32, to add: the same, but for input perturbation.
         timesteps: (B,) int64.
         prompts: (B, L, D) embeddings, or (B, L) int64 token ids where the text encoder learns.
         weights: (B,) float32, what each image counts in the mean.
@@ -46,6 +47,7 @@ class Batch:
 
     latents: Tensor
     noise: Tensor
+    input_noise: Tensor
     timesteps: Tensor
     prompts: Tensor
     weights: Tensor
@@ -231,7 +233,8 @@ class CaptionedBatches:
                 position,
                 shape=self.shape,
                 num_timesteps=self.num_timesteps,
-                noise_offset=self.noise.noise_offset,
+                noise_offset=self.noise.offset,
+                input_perturbation=self.noise.input_perturbation,
                 caption_dropout=self.config.caption_dropout,
             )
             for _, position in rows
@@ -245,6 +248,7 @@ class CaptionedBatches:
         return Batch(
             latents=sample(moments.mean, moments.std, spread, self.models.vae.config.scaling_factor),
             noise=torch.stack([one.noise for one in draws]).to(device, non_blocking=True),
+            input_noise=torch.stack([one.input_noise for one in draws]).to(device, non_blocking=True),
             timesteps=torch.tensor([one.timestep for one in draws]).to(device, non_blocking=True),
             prompts=self.embeds[captions.to(device)],
             weights=torch.full((len(rows),), weight, device=device),

@@ -7,14 +7,19 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from configs.errors import UsageError
+from finetune.core.config import EPSILON_OF_PURE_NOISE, NoiseConfig
+
+if TYPE_CHECKING:
+    from diffusers import SchedulerMixin
 
 
 @dataclass(frozen=True)
@@ -62,12 +67,29 @@ def from_scheduler(config: Mapping[str, Any], prediction_type: str | None = None
             f"--prediction_type {kind}: the model's scheduler asks for it; trained are epsilon, v_prediction"
         )
     schedule = NoiseSchedule(DDPMScheduler.from_config(dict(config)).alphas_cumprod.double(), kind)
-    # At the last timestep the input holds no signal: epsilon would be read off the input and nothing learned.
     if kind == "epsilon" and schedule.snr[-1] < 1e-6:
-        raise UsageError(
-            "--prediction_type epsilon: the schedule ends in pure noise (zero-terminal SNR); v_prediction is needed"
-        )
+        raise UsageError(f"--prediction_type epsilon: {EPSILON_OF_PURE_NOISE}")
     return schedule
+
+
+def trained_scheduler(scheduler: SchedulerMixin, config: NoiseConfig) -> SchedulerMixin:
+    """Return the model's scheduler as it is after training: what is saved with the weights, and sampled with.
+
+    A zero-terminal schedule (Lin et al. 2024, arXiv:2305.08891, section 3.1) is sampled from its last timestep on
+    (section 3.3): trailing spacing, or the pure noise it was trained on would never be seen. Samplers that do not know
+    such schedules (PNDM) give way to DDIM.
+    """
+    from diffusers import DDIMScheduler
+
+    changes: dict[str, Any] = {}
+    if config.prediction_type is not None:
+        changes["prediction_type"] = config.prediction_type
+    kind = type(scheduler)
+    if config.rescale_betas_zero_snr:
+        changes |= {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
+        if "rescale_betas_zero_snr" not in inspect.signature(kind).parameters:
+            kind = DDIMScheduler
+    return kind.from_config(scheduler.config, **changes)
 
 
 def add_noise(schedule: NoiseSchedule, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
@@ -98,7 +120,8 @@ class Draws:
         drop_caption: whether the caption is replaced by the empty one.
         timestep: in [0, T).
         latent_noise: (4, h, w) float32, standard normal, for the sample of the VAE's posterior.
-        noise: (4, h, w) float32, the noise to add; variance 1 + noise_offset^2.
+        noise: (4, h, w) float32, the noise to predict; variance 1 + noise_offset^2.
+        input_noise: (4, h, w) float32, the noise to add; with input perturbation, ``noise`` and more.
     """
 
     position: int
@@ -107,6 +130,7 @@ class Draws:
     timestep: int
     latent_noise: Tensor
     noise: Tensor
+    input_noise: Tensor
 
 
 def draw(
@@ -116,6 +140,7 @@ def draw(
     shape: tuple[int, int, int],
     num_timesteps: int,
     noise_offset: float = 0.0,
+    input_perturbation: float = 0.0,
     caption_dropout: float = 0.0,
 ) -> Draws:
     """Draw what is random about the image at ``position`` of the stream; the same arguments give the same draws.
@@ -124,7 +149,9 @@ def draw(
     fixed, and each is made whether or not it is used, so that switching an option leaves the others as they were.
 
     Noise offset adds one normal number per channel to the whole channel
-    (Guttenberg 2023, https://www.crosslabs.org/blog/diffusion-with-offset-noise).
+    (Guttenberg 2023, https://www.crosslabs.org/blog/diffusion-with-offset-noise). Input perturbation adds a second
+    normal tensor of that strength to what the model sees, not to what it should predict (Ning et al. 2023,
+    arXiv:2301.11706, algorithm 1); it is drawn last, so it may be left out.
     """
     generator = torch.Generator().manual_seed(counter_seed(seed, "image", position))
     crop = torch.rand(2, generator=generator)
@@ -134,7 +161,10 @@ def draw(
     latent_noise, noise = torch.randn(2, *shape, generator=generator)
     if noise_offset:
         noise = noise + noise_offset * offset
-    return Draws(position, crop, dropped, timestep, latent_noise, noise)
+    input_noise = noise
+    if input_perturbation:
+        input_noise = noise + input_perturbation * torch.randn(shape, generator=generator)
+    return Draws(position, crop, dropped, timestep, latent_noise, noise, input_noise)
 
 
 def permutation(seed: int, epoch: int, length: int) -> Tensor:

@@ -30,7 +30,8 @@ def min_snr_weight(schedule: NoiseSchedule, timesteps: Tensor, gamma: float) -> 
     """Return the min-SNR weight of each image, (B,) float64 (Hang et al. 2023, arXiv:2303.09556, section 3.4).
 
     min(SNR, gamma) / SNR for epsilon and min(SNR, gamma) / (SNR + 1) for v. The division is carried out as
-    min(1, gamma / SNR), so that an SNR of 0 gives 1 and not 0/0.
+    min(1, gamma / SNR), so that an SNR of 0 gives 1 and not 0/0. For v an SNR of 0 weighs 0, as the formula has it: the
+    last timestep of a zero-terminal schedule then learns from its neighbours alone.
     """
     snr = schedule.snr[timesteps]
     if schedule.prediction_type == "v_prediction":
@@ -45,11 +46,11 @@ def denoising_loss(
 
     Args:
         denoiser: predicts from noisy latents, timesteps and prompts.
-        batch: latents, noise, timesteps and prompts of B images.
+        batch: latents, noise to add and to predict, timesteps and prompts of B images.
         schedule: on the batch's device.
         snr_gamma: limit of min-SNR weighting; None for none.
     """
-    noisy = add_noise(schedule, batch.latents, batch.noise, batch.timesteps)
+    noisy = add_noise(schedule, batch.latents, batch.input_noise, batch.timesteps)
     prediction = denoiser(noisy, batch.timesteps, batch.prompts)
     wanted = target(schedule, batch.latents, batch.noise, batch.timesteps)
     losses = (prediction.to(wanted.dtype) - wanted).square().mean(dim=(1, 2, 3))

@@ -13,7 +13,7 @@ from configs.errors import UsageError
 from finetune.core.batches import CaptionedImage, data_hash
 from finetune.core.config import ModelConfig, NoiseConfig, TrainConfig
 from finetune.core.models import Models, check_folder, load_models, model_hash
-from finetune.core.noise import NoiseSchedule, from_scheduler
+from finetune.core.noise import NoiseSchedule, from_scheduler, trained_scheduler
 from finetune.core.run import Run, start_run
 
 
@@ -113,8 +113,8 @@ def open_run(
             cache_dir=source.cache_dir,
             device=run.accelerator.device,
         )
-        schedule = from_scheduler(models.scheduler.config, config.noise.prediction_type)
-        models.scheduler.register_to_config(prediction_type=schedule.prediction_type)  # previews sample what is trained
+        models.scheduler = trained_scheduler(models.scheduler, config.noise)
+        schedule = from_scheduler(models.scheduler.config)
         base_hash = base_hash or model_hash(name, revision=source.revision, cache_dir=source.cache_dir)
         yield Opened(
             run=run,
