@@ -3,41 +3,64 @@
 from __future__ import annotations
 
 import difflib
+import re
+from collections.abc import Mapping
 from typing import TypeVar
 
 from configs.errors import UsageError
-from prompts.vocabulary import DEFAULT, Vocabulary
+from prompts.vocabulary import DEFAULT, PLACE, Vocabulary, fields_of
 
 Word = TypeVar("Word", str, tuple[str, ...])
 
 
-def caption(state: str, axis: str, vocabulary: Vocabulary = DEFAULT) -> str:
+def caption(
+    state: str, axis: str, vocabulary: Vocabulary = DEFAULT, *, place: Mapping[str, object] | None = None
+) -> str:
     """Write the caption of a slice, such as ``sf_dry sf_compacted sf_thickness``.
 
     Args:
         state: a key of ``vocabulary.states``.
         axis: a key of ``vocabulary.axes``; the direction the slice is perpendicular to.
-        vocabulary: the words to use.
+        vocabulary: the words to use, and the sentence they stand in.
+        place: values of the fields that tell the place of one slice, for templates that ask for them.
 
     Raises:
-        UsageError: an unknown state or axis, with the nearest known one.
+        UsageError: an unknown state or axis, with the nearest known one; or a place that the template asks for.
     """
-    words = (*_known(state, vocabulary.states, "state"), _known(axis, vocabulary.axes, "axis"))
-    return " ".join(vocabulary.prefix + word for word in words)
+    words = {
+        "identifier": vocabulary.identifier,
+        "state": " ".join(vocabulary.prefix + word for word in _known(state, vocabulary.states, "state")),
+        "axis": vocabulary.prefix + _known(axis, vocabulary.axes, "axis"),
+        **{name: str(value) for name, value in (place or {}).items()},
+    }
+    if missing := [name for name in fields_of(vocabulary.template) if name not in words]:
+        raise UsageError(f"caption template {vocabulary.template!r}: nothing is known for {{{missing[0]}}}")
+    # A field that is empty leaves no gap.
+    return " ".join(vocabulary.template.format_map(words).split())
 
 
 def parse_caption(text: str, vocabulary: Vocabulary = DEFAULT) -> tuple[str, str] | None:
-    """Return the (state, axis) whose caption is exactly ``text``, or None if it is not one of ours."""
-    for state in vocabulary.states:
-        for axis in vocabulary.axes:
-            if caption(state, axis, vocabulary) == text:
-                return state, axis
-    return None
+    """Return the (state, axis) whose caption, at any place, is exactly ``text``, or None if it is not one of ours."""
+    found = [
+        (state, axis)
+        for state in vocabulary.states
+        for axis in vocabulary.axes
+        if re.fullmatch(_pattern(state, axis, vocabulary), text)
+    ]
+    return found[0] if len(found) == 1 else None
 
 
 def all_captions(vocabulary: Vocabulary = DEFAULT) -> list[str]:
-    """Return every caption of the vocabulary, states first, axes within."""
-    return [caption(state, axis, vocabulary) for state in vocabulary.states for axis in vocabulary.axes]
+    """Return every caption of the vocabulary, states first, axes within; half-way where captions tell the place."""
+    place = dict.fromkeys(PLACE, "") | {"position": "50", "index": "0"}
+    return [caption(state, axis, vocabulary, place=place) for state in vocabulary.states for axis in vocabulary.axes]
+
+
+def _pattern(state: str, axis: str, vocabulary: Vocabulary) -> str:
+    """Return the regular expression of a caption, with any text where the place stands."""
+    mark = "\0{}\0".format
+    text = caption(state, axis, vocabulary, place={name: mark(name) for name in PLACE})
+    return ".*?".join(map(re.escape, re.split("\0[a-z_]+\0", text)))
 
 
 def _known(name: str, allowed: dict[str, Word], kind: str) -> Word:
