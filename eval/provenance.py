@@ -31,11 +31,16 @@ def pipeline_provenance(name_or_path: str) -> dict[str, object]:
 def dataset_of(runs: Sequence[Path]) -> Path | None:
     """Return the dataset folder (that holds ``train/``) the first of the runs was trained on, if still there."""
     for run in runs:
-        named = run_settings(run).get("train_data_dir")
-        if isinstance(named, str) and Path(named).is_dir():
-            folder = Path(named)
-            return folder.parent if folder.name == "train" else folder
+        for folder in map(Path, training_folders(run_settings(run))):
+            if folder.is_dir():
+                return folder.parent if folder.name == "train" else folder
     return None
+
+
+def training_folders(settings: Mapping[str, object]) -> list[str]:
+    """Return the folders that a run's settings name as training data: one, several or none."""
+    named = settings.get("train_data_dir")
+    return [name for name in (named if isinstance(named, list) else [named]) if isinstance(name, str)]
 
 
 def captions_of(provenances: Sequence[Mapping[str, object]]) -> list[str]:

@@ -19,6 +19,7 @@ from PIL import Image
 
 from configs.errors import InputError, UsageError
 from data_prep.manifest import MANIFEST_NAME, is_inside, read_manifest, read_records
+from eval.provenance import training_folders
 from eval.results import Result, read_results
 
 LARGEST_PAGE = 10_000_000
@@ -139,7 +140,7 @@ def read_folder(path: Path) -> Folder:
 
 def find_dataset(run: Run | None, folders: Sequence[Folder]) -> tuple[Path, dict[str, Any]] | None:
     """Return the dataset folder that the run or a check names, with its manifest, if it is still there."""
-    named = [run.settings.get("train_data_dir")] if run else []
+    named: list[object] = [*training_folders(run.settings)] if run else []
     named += [folder.settings.get("real") for folder in folders]
     for name in named:
         if not isinstance(name, str):

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from eval.provenance import training_folders
 from eval.report_inputs import Folder, Pictures, Run, data_uri, part, read_json
 from eval.results import Result, Verdict
 from eval.verdicts import worst
@@ -143,7 +144,7 @@ def suggestion(module: str, folders: Sequence[Folder], run: Run | None) -> str:
     generated = next((str(folder.path) for folder in folders if folder.module == "eval.generate"), "out/slices")
     run_path = str(run.path) if run else "runs/lora"
     settings = run.settings if run else {}
-    train = Path(str(settings.get("train_data_dir", "data/weave/train")))
+    train = Path(*training_folders(settings)[:1] or ["data/weave/train"])
     real = str(train.parent if train.name == "train" else train)
     model = str(settings.get("pretrained_model_name_or_path", "assets/tiny-sd"))
     words = {

@@ -49,12 +49,13 @@ class LoraRun:
 
 def main(config: LoraRun) -> None:
     """Train the adapters and save them."""
-    from finetune.core.batches import data_provenance, read_images
+    from finetune.core.images import data_provenance, read_images
     from finetune.core.models import LORA_FILE
     from finetune.core.open import open_run
 
     images = read_images(config.images)
-    with open_run(config, images, data_provenance(images, config.images), weights_file=LORA_FILE) as opened:
+    data = data_provenance(images, config.images.train_data_dir)
+    with open_run(config, images, data, weights_file=LORA_FILE) as opened:
         train_lora(opened, config)
 
 

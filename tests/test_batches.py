@@ -17,12 +17,10 @@ from configs.errors import InputError
 from finetune.core.batches import (
     CaptionedBatches,
     captioned_batches,
-    data_hash,
-    data_provenance,
     prepare_pixels,
-    read_images,
 )
 from finetune.core.config import ImageFolderConfig, NoiseConfig, PictureConfig, TrainConfig
+from finetune.core.images import data_hash, data_provenance, read_images
 from finetune.core.models import encode_prompts, load_models
 from finetune.core.run import start_run
 
@@ -36,7 +34,7 @@ def make_batches(toy_sd: Path, captioned_images: Path, tmp_path: Path) -> MakeBa
     ) -> CaptionedBatches:
         config = PictureConfig(**(pictures or {}))
         settings = TrainConfig(output_dir=tmp_path / "run", seed=0, report_to="none", overwrite=True, **train)
-        found = read_images(ImageFolderConfig(train_data_dir=folder))
+        found = read_images(ImageFolderConfig(train_data_dir=(folder,)))
         run = start_run(settings, settings, num_images=len(found), data_hash="", weights_file="w")
         try:
             models = load_models(str(toy_sd))
@@ -168,8 +166,8 @@ def test_the_shorter_side_is_resized(make_batches: MakeBatches) -> None:
 
 
 def test_max_train_samples_draws_that_many_from_anywhere(captioned_images: Path) -> None:
-    images = read_images(ImageFolderConfig(train_data_dir=captioned_images))
-    drawn = read_images(ImageFolderConfig(train_data_dir=captioned_images, max_train_samples=4))
+    images = read_images(ImageFolderConfig(train_data_dir=(captioned_images,)))
+    drawn = read_images(ImageFolderConfig(train_data_dir=(captioned_images,), max_train_samples=4))
     assert len(drawn) == 4
     assert drawn != images[:4]
     assert set(image.path for image in drawn) < set(image.path for image in images)
@@ -237,7 +235,7 @@ def test_a_bad_row_is_named(captioned_images: Path, tmp_path: Path, line: str, m
     (folder / "junk.png").write_bytes(b"no image")
     (folder / "metadata.jsonl").write_text('{"file_name": "01.png", "text": "a"}\n' + line + "\n")
     with pytest.raises(InputError, match=message):
-        read_images(ImageFolderConfig(train_data_dir=folder))
+        read_images(ImageFolderConfig(train_data_dir=(folder,)))
 
 
 def test_a_truncated_image_is_named(make_batches: MakeBatches, captioned_images: Path, tmp_path: Path) -> None:
@@ -251,12 +249,12 @@ def test_a_truncated_image_is_named(make_batches: MakeBatches, captioned_images:
 def test_what_is_missing_is_named(tmp_path: Path, what: str) -> None:
     folder = tmp_path / "absent" if what == "folder" else tmp_path
     with pytest.raises(InputError, match="no such folder" if what == "folder" else r"holds no metadata.jsonl"):
-        read_images(ImageFolderConfig(train_data_dir=folder))
+        read_images(ImageFolderConfig(train_data_dir=(folder,)))
 
 
 def test_data_hash_sees_a_caption_and_a_pixel(captioned_images: Path, tmp_path: Path) -> None:
     folder = shutil.copytree(captioned_images, tmp_path / "images")
-    config = ImageFolderConfig(train_data_dir=folder)
+    config = ImageFolderConfig(train_data_dir=(folder,))
     before = data_hash(read_images(config))
     rows = (folder / "metadata.jsonl").read_text()
     (folder / "metadata.jsonl").write_text(rows.replace("sf_weft", "sf_warp", 1))
@@ -268,7 +266,7 @@ def test_data_hash_sees_a_caption_and_a_pixel(captioned_images: Path, tmp_path: 
 
 
 def test_provenance_tells_images_and_captions(captioned_images: Path) -> None:
-    config = ImageFolderConfig(train_data_dir=captioned_images)
-    told = data_provenance(read_images(config), config)
+    config = ImageFolderConfig(train_data_dir=(captioned_images,))
+    told = data_provenance(read_images(config), config.train_data_dir)
     assert told["captions"] == ["sf_dry sf_compacted sf_thickness", "sf_dry sf_warp", "sf_injected sf_weft"]
     assert told["data"]["n_images"] == 10

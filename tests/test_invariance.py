@@ -11,8 +11,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from finetune.core.batches import CaptionedBatches, captioned_batches, read_images
+from finetune.core.batches import CaptionedBatches, captioned_batches
 from finetune.core.config import ImageFolderConfig, NoiseConfig, PictureConfig, TrainConfig
+from finetune.core.images import read_images
 from finetune.core.latents import Moments
 from finetune.core.loop import train
 from finetune.core.method_config import LoraConfig
@@ -43,7 +44,7 @@ def train_toy(toy_sd: Path, captioned_images: Path, tmp_path: Path) -> TrainToy:
         noise = NoiseConfig(noise_offset=0.1)
         settings = {"output_dir": tmp_path / folder, "seed": 0, "report_to": "none", "learning_rate": 1e-2}
         config = TrainConfig(**(settings | {"max_train_steps": 6, "train_batch_size": 4} | options))
-        images = read_images(ImageFolderConfig(train_data_dir=captioned_images))
+        images = read_images(ImageFolderConfig(train_data_dir=(captioned_images,)))
         run = start_run(config, config, num_images=len(images), data_hash="", weights_file="w.safetensors")
         models = load_models(str(toy_sd))
         batches = captioned_batches(images, models, pictures, noise, run, num_timesteps=1000)
@@ -51,7 +52,7 @@ def train_toy(toy_sd: Path, captioned_images: Path, tmp_path: Path) -> TrainToy:
         if double:
             models.unet.double()
             moments = Moments(batches.moments.mean.double(), batches.moments.std.double())
-            batches = dataclasses.replace(batches, moments=moments, embeds=batches.embeds.double())
+            batches = dataclasses.replace(batches, moments=moments, prompts=batches.prompts.double())
         loss = partial(denoising_loss, schedule=from_scheduler(models.scheduler.config), snr_gamma=snr_gamma)
         losses = []
         for step in train(run, Denoiser(models.text_encoder, models.unet), learns, change(batches), loss, config):

@@ -17,8 +17,9 @@ from torch import Tensor
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from configs.errors import TisserandError
-from finetune.core.batches import CaptionedBatches, captioned_batches, read_images
+from finetune.core.batches import CaptionedBatches, captioned_batches
 from finetune.core.config import ImageFolderConfig, NoiseConfig, PictureConfig, TrainConfig
+from finetune.core.images import read_images
 from finetune.core.loop import Step, train
 from finetune.core.method_config import LoraConfig
 from finetune.core.models import Denoiser, Models, load_models
@@ -38,7 +39,7 @@ def make_parts(toy_sd: Path, captioned_images: Path, tmp_path: Path) -> Iterator
     def make(targets: str = "attention", **options: object) -> Parts:
         settings = {"output_dir": tmp_path / "run", "seed": 0, "report_to": "none", "train_batch_size": 4}
         config = TrainConfig(**(settings | {"max_train_steps": 3} | options))
-        images = read_images(ImageFolderConfig(train_data_dir=captioned_images))
+        images = read_images(ImageFolderConfig(train_data_dir=(captioned_images,)))
         run = start_run(config, config, num_images=len(images), data_hash="", weights_file="w.safetensors")
         runs.append(run)
         models = load_models(str(toy_sd))

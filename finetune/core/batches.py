@@ -8,26 +8,23 @@ Shapes: images N, batch B, captions U, token places L, width D, latents (4, h, w
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
-from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageOps
 from torch import Tensor
 
 from configs.errors import InputError, UsageError
-from data_prep.manifest import MANIFEST_NAME, METADATA_NAME, is_inside, read_manifest, read_records, sha256_of
-from finetune.core.config import ImageFolderConfig, NoiseConfig, PictureConfig, TrainConfig
+from finetune.core.config import NoiseConfig, PictureConfig, TrainConfig
+from finetune.core.images import CaptionedImage, raise_together
 from finetune.core.latents import Moments, cache_folder, cached_moments, encode, module_hash, sample
-from finetune.core.models import Models, encode_prompts
-from finetune.core.noise import Draws, draw, permutation
+from finetune.core.models import Models, encode_prompts, tokenize
+from finetune.core.noise import Draws, counter_seed, draw, permutation
 from finetune.core.run import Run
 
 
@@ -74,74 +71,12 @@ class Batches(Protocol):
         """Return the update with this number, counted from 0; the same number gives the same tensors."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class CaptionedImage:
-    """An image file that passed the checks, with its caption and the hash of its content."""
-
-    path: Path
-    caption: str
-    where: str
-    content: str
-
-
-def read_images(config: ImageFolderConfig) -> list[CaptionedImage]:
-    """Read ``metadata.jsonl`` and check every image it names, without decoding them.
-
-    Raises:
-        InputError: naming file and line: no such folder, no metadata.jsonl, no caption column, an empty caption, an
-            image that is missing, unreadable, outside the folder, or not 8-bit.
-    """
-    metadata = config.train_data_dir / METADATA_NAME
-    if not config.train_data_dir.is_dir():
-        raise InputError(f"--train_data_dir {config.train_data_dir}: there is no such folder")
-    if not metadata.is_file():
-        raise InputError(
-            f"--train_data_dir {config.train_data_dir}: holds no {METADATA_NAME}; one line an image is needed: "
-            '{"file_name": "a.png", "text": "its caption"}'
-        )
-    images = [_check_row(config, f"{metadata}:{line}", row) for line, row in read_records(metadata)]
-    if not images:
-        raise InputError(f"{metadata}: names no image")
-    if config.max_train_samples is not None:
-        # Not by the run's seed, which may not be drawn yet; seeds then compare on the same images, too.
-        chosen = permutation(0, -1, len(images))[: config.max_train_samples]
-        images = [images[place] for place in sorted(chosen.tolist())]
-    return images
-
-
-def _check_row(config: ImageFolderConfig, where: str, row: dict[str, object]) -> CaptionedImage:
-    """Check one line of metadata.jsonl and the header of the image it names."""
-    column = "file_name" if config.image_column == "image" else f"{config.image_column}_file_name"
-    for flag, key in (("image_column", column), ("caption_column", config.caption_column)):
-        if not isinstance(row.get(key), str):
-            raise InputError(f"{where}: no text under '{key}' (--{flag}); the keys are {', '.join(row)}")
-    name, caption = str(row[column]), str(row[config.caption_column])
-    if not caption.strip():
-        raise InputError(f"{where}: the caption of {name} is empty; write one, or use --caption_dropout")
-    if not is_inside(name):
-        raise InputError(f"{where}: '{name}' lies outside the folder")
-    path = config.train_data_dir / name
-    try:
-        with Image.open(path) as image:
-            mode = image.mode
-        if mode not in ("L", "RGB", "P"):
-            raise InputError(
-                f"{path}: has mode {mode}, not 8-bit grey or colour; convert it with a window you choose "
-                "(python -m data_prep.slice does), or values above 255 would turn white"
-            )
-        return CaptionedImage(path=path, caption=caption, where=where, content=sha256_of(path))
-    except FileNotFoundError:
-        raise InputError(f"{where}: there is no {path}") from None
-    except (UnidentifiedImageError, OSError) as error:
-        raise InputError(f"{path}: cannot be read as an image ({' '.join(str(error).split())})") from None
-
-
 def prepare_pixels(image: Image.Image, size: int, interpolation: str, crop: Sequence[float] = (0.5, 0.5)) -> np.ndarray:
     """Resize the shorter side to ``size``, cut a square, and return (3, size, size) float32 in [-1, 1].
 
     ``crop`` places the square, from 0 (top, left) to 1 (bottom, right); 0.5 is the centre, as torchvision rounds it.
     """
-    rgb = image.convert("RGB")
+    rgb = ImageOps.exif_transpose(image).convert("RGB")
     short = min(rgb.size)
     if short != size:
         columns, rows = (size if side == short else int(size * side / short) for side in rgb.size)
@@ -182,8 +117,9 @@ class CaptionedBatches:
         images: in the order of metadata.jsonl.
         moments: posterior of each image on the training device, or None: encoded at each use (random crops).
         size: side of the training pictures, px.
-        embeds: (U + 1, L, D) on the training device; row 0 belongs to the empty caption.
-        caption_ids: (N,) row of each image's caption in ``embeds``.
+        prompts: (U + 1, L, D) embeddings, or (U + 1, L) int64 token ids where the text encoder learns, on the training
+            device; row 0 belongs to the empty caption.
+        prompt_rows: for each image, the rows of its captions in ``prompts``.
         shape: of a latent, (4, h, w).
     """
 
@@ -191,8 +127,8 @@ class CaptionedBatches:
     moments: Moments | None
     models: Models
     size: int
-    embeds: Tensor
-    caption_ids: Tensor
+    prompts: Tensor
+    prompt_rows: list[tuple[int, ...]]
     shape: tuple[int, int, int]
     num_timesteps: int
     config: PictureConfig
@@ -239,10 +175,11 @@ class CaptionedBatches:
             )
             for _, position in rows
         ]
-        device = self.embeds.device
+        device = self.prompts.device
         index = torch.tensor([image for image, _ in rows])
-        dropped = torch.tensor([one.drop_caption for one in draws])
-        captions = self.caption_ids[index].masked_fill(dropped, 0)
+        prompts = torch.tensor(
+            [0 if one.drop_caption else self._prompt_row(*row) for one, row in zip(draws, rows, strict=True)]
+        )
         moments = self._moments(index, draws)
         spread = torch.stack([one.latent_noise for one in draws]).to(device, non_blocking=True)
         return Batch(
@@ -250,10 +187,15 @@ class CaptionedBatches:
             noise=torch.stack([one.noise for one in draws]).to(device, non_blocking=True),
             input_noise=torch.stack([one.input_noise for one in draws]).to(device, non_blocking=True),
             timesteps=torch.tensor([one.timestep for one in draws]).to(device, non_blocking=True),
-            prompts=self.embeds[captions.to(device)],
+            prompts=self.prompts[prompts.to(device)],
             weights=torch.full((len(rows),), weight, device=device),
             names=tuple(self.images[image].path.name for image, _ in rows),
         )
+
+    def _prompt_row(self, image: int, position: int) -> int:
+        """Return the row of the caption that this image comes with at this position."""
+        rows = self.prompt_rows[image]
+        return rows[counter_seed(self.seed, "caption", position) % len(rows)]
 
     def _moments(self, index: Tensor, draws: list[Draws]) -> Moments:
         """Return the posterior of some images, from the cache or, with random crops, from the VAE."""
@@ -278,8 +220,11 @@ def captioned_batches(
     run: Run,
     *,
     num_timesteps: int,
+    learns_text: bool = False,
 ) -> CaptionedBatches:
     """Encode images and captions, once each, and return the updates they make.
+
+    Where the text encoder or rows of its tokens learn (``learns_text``), captions are only turned into token ids.
 
     Raises:
         UsageError: a resolution that the VAE cannot give back, or a pipeline not generate.
@@ -291,7 +236,7 @@ def captioned_batches(
         near = max(1, size // multiple) * multiple
         raise UsageError(f"--resolution {size}: must be a multiple of {multiple}, such as {near}")
     _check_captions(images, models)
-    captions = sorted({image.caption for image in images})
+    captions = sorted({caption for image in images for caption in image.captions})
     rows = {caption: row for row, caption in enumerate(captions, start=1)}
     cell = size // models.vae_scale_factor
     device = run.accelerator.device
@@ -304,8 +249,8 @@ def captioned_batches(
         moments=moments,
         models=models,
         size=size,
-        embeds=encode_prompts(models, ["", *captions]).to(device),
-        caption_ids=torch.tensor([rows[image.caption] for image in images]),
+        prompts=(tokenize if learns_text else encode_prompts)(models, ["", *captions]).to(device),
+        prompt_rows=[tuple(rows[caption] for caption in image.captions) for image in images],
         shape=(int(models.unet.config.in_channels), cell, cell),
         num_timesteps=num_timesteps,
         config=config,
@@ -318,20 +263,22 @@ def captioned_batches(
 
 
 def _check_captions(images: list[CaptionedImage], models: Models) -> None:
-    """Refuse a caption that the text encoder would cut."""
+    """Refuse captions that the text encoder would cut."""
     limit = models.tokenizer.model_max_length
-    unique = {image.caption: image for image in images}
-    for caption, ids in zip(unique, models.tokenizer(list(unique)).input_ids, strict=True):
-        if len(ids) > limit:
-            raise InputError(
-                f"{unique[caption].where}: the caption has {len(ids)} tokens, {limit} are read; shorten it"
-            )
+    unique = {caption: image for image in reversed(images) for caption in image.captions}
+    lengths = [len(ids) for ids in models.tokenizer(list(unique)).input_ids]
+    raise_together(
+        [
+            f"{image.where}: the caption has {length} tokens, {limit} are read; shorten it"
+            for image, length in zip(unique.values(), lengths, strict=True)
+            if length > limit
+        ][::-1]
+    )
 
 
 def _is_square(image: CaptionedImage) -> bool:
     """Tell whether a random crop of this image is always the whole of it."""
-    with Image.open(image.path) as opened:
-        return opened.width == opened.height
+    return image.width == image.height
 
 
 def _cached(images: list[CaptionedImage], models: Models, config: PictureConfig, size: int, run: Run) -> Moments:
@@ -347,28 +294,3 @@ def _cached(images: list[CaptionedImage], models: Models, config: PictureConfig,
         moments, encoded = cached_moments(folder, [image.content for image in images], pixels, models.vae)
     run.say(f"latents: {encoded} images encoded, {len(images) - encoded} from {root}")
     return moments
-
-
-def data_hash(images: Sequence[CaptionedImage]) -> str:
-    """Return a SHA-256 over contents and captions, in order: a run does not continue on other images."""
-    text = json.dumps([(image.content, image.caption) for image in images])
-    return hashlib.sha256(text.encode()).hexdigest()
-
-
-def data_provenance(images: list[CaptionedImage], config: ImageFolderConfig) -> dict[str, object]:
-    """Return what the weights file says about the data: its name, a hash, its size, its captions and windows.
-
-    The hash is that of ``manifest.json`` where the folder belongs to a data set, else of ``metadata.jsonl``.
-    """
-    dataset = config.train_data_dir.resolve().parent
-    manifest = dataset / MANIFEST_NAME
-    volumes: Any = read_manifest(dataset)["volumes"] if manifest.is_file() else []
-    return {
-        "data": {
-            "train_data_dir": config.train_data_dir.name,
-            "manifest_hash": sha256_of(manifest if manifest.is_file() else config.train_data_dir / METADATA_NAME),
-            "n_images": len(images),
-        },
-        "window": {str(volume.get("name", place)): volume.get("window") for place, volume in enumerate(volumes)},
-        "captions": sorted({image.caption for image in images}),
-    }

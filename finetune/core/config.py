@@ -56,10 +56,11 @@ class ModelConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class ImageFolderConfig:
-    """A folder of 8-bit images with ``metadata.jsonl``."""
+    """Folders of captioned 8-bit images."""
 
-    train_data_dir: Path
-    """Folder with images and metadata.jsonl (a line per image: file_name, text)."""
+    train_data_dir: tuple[Path, ...]
+    """Folder with images and metadata.jsonl (a line per image: file_name, text) or a .txt file beside each; or several
+    folders."""
     image_column: str = "image"
     """Column of the images: `image` reads file_name, any other name NAME reads NAME_file_name, as `datasets` does."""
     caption_column: str = "text"
@@ -73,6 +74,8 @@ class ImageFolderConfig:
         """Check ranges."""
         if self.dataset_name is not None:
             raise refuse("dataset_name", self.dataset_name, "not read here; give a folder as --train_data_dir")
+        if not self.train_data_dir:
+            raise refuse("train_data_dir", "", "needs a folder, or several")
         need_positive(max_train_samples=self.max_train_samples)
 
 

@@ -10,8 +10,8 @@ from typing import Any, Protocol
 import torch
 
 from configs.errors import UsageError
-from finetune.core.batches import CaptionedImage, data_hash
 from finetune.core.config import ModelConfig, NoiseConfig, TrainConfig
+from finetune.core.images import CaptionedImage, data_hash
 from finetune.core.models import Models, check_folder, load_models, model_hash
 from finetune.core.noise import NoiseSchedule, from_scheduler, trained_scheduler
 from finetune.core.run import Run, start_run

@@ -339,10 +339,12 @@ def _refuse_changes(folder: Path, settings: dict[str, Any], saved: dict[str, Any
 
 def _refuse_other_inputs(folder: Path, settings: dict[str, Any], now: dict[str, Any], then: dict[str, Any]) -> None:
     """Refuse to continue a run on other images, from another base model, or as other processes."""
-    path = {name: f"--{name} {settings.get(name)}" for name in ("train_data_dir", "pretrained_model_name_or_path")}
+    base = f"--pretrained_model_name_or_path {settings.get('pretrained_model_name_or_path')}"
+    folders = [*(settings.get("train_data_dir") or []), settings.get("instance_data_dir")]
+    flag = "--train_data_dir" if settings.get("train_data_dir") else "--instance_data_dir"
     reasons = {
-        "data_hash": f"{path['train_data_dir']}: images or captions differ from",
-        "base_hash": f"{path['pretrained_model_name_or_path']}: its files differ from",
+        "data_hash": f"{flag} {' '.join(str(folder) for folder in folders if folder)}: images or captions differ from",
+        "base_hash": f"{base}: its files differ from",
         "processes": f"--num_processes of the launcher is {now['processes']}, not",
         "mixed_precision": f"--mixed_precision of the launcher is {now['mixed_precision']}, not",
     }
