@@ -2,6 +2,7 @@
 
     checkpoint-200/learned.safetensors     what learns, by name, float32
                    optimizer.safetensors   the optimizer's tensors, as NAME/KEY
+                   averages.safetensors    running averages of what learns, by name, with --use_ema
                    state.json              step, and the scalars of the loop
 
 A folder appears under its name only when it is whole; the oldest goes after the new one is there.
@@ -64,6 +65,7 @@ def write(
     parameters: Mapping[str, nn.Parameter],
     optimizer: Optimizer,
     state: Mapping[str, object],
+    averages: Mapping[str, Tensor] | None = None,
     limit: int | None = None,
 ) -> Path:
     """Write ``checkpoint-STEP`` into the run folder, then remove the oldest beyond ``limit``."""
@@ -78,6 +80,10 @@ def write(
             partial / "learned.safetensors",
         )
         save_file(tensors, partial / "optimizer.safetensors")
+        if averages:
+            save_file(
+                {name: value.cpu().contiguous() for name, value in averages.items()}, partial / "averages.safetensors"
+            )
         text = json.dumps({"step": step, **state, "optimizer": scalars}, indent=1)
         (partial / "state.json").write_text(text + "\n", encoding="utf-8")
         if target.exists():
@@ -92,8 +98,14 @@ def write(
     return target
 
 
-def read(path: Path, *, parameters: Mapping[str, nn.Parameter], optimizer: Optimizer) -> dict[str, Any]:
-    """Put a checkpoint's tensors into what learns and into its optimizer; return ``state.json``.
+def read(
+    path: Path,
+    *,
+    parameters: Mapping[str, nn.Parameter],
+    optimizer: Optimizer,
+    averages: Mapping[str, Tensor] | None = None,
+) -> dict[str, Any]:
+    """Put a checkpoint's tensors into what learns, its optimizer and its averages; return ``state.json``.
 
     Raises:
         InputError: the checkpoint is damaged, or belongs to other parameters.
@@ -101,19 +113,23 @@ def read(path: Path, *, parameters: Mapping[str, nn.Parameter], optimizer: Optim
     try:
         learned = load_file(path / "learned.safetensors")
         tensors = load_file(path / "optimizer.safetensors")
+        means = load_file(path / "averages.safetensors") if averages else {}
         state = json.loads((path / "state.json").read_text(encoding="utf-8"))
     except (OSError, SafetensorError, json.JSONDecodeError) as error:
         raise InputError(
             f"{path}: the checkpoint is damaged ({error}); remove it to go on from an older one"
         ) from error
     shapes = {name: tuple(value.shape) for name, value in learned.items()}
-    if shapes != {name: tuple(parameter.shape) for name, parameter in parameters.items()}:
+    expected = {name: tuple(parameter.shape) for name, parameter in parameters.items()}
+    if shapes != expected or (averages and {name: tuple(value.shape) for name, value in means.items()} != expected):
         raise InputError(
             f"{path}: belongs to a run in which other weights learn; use --overwrite or another --output_dir"
         )
     with torch.no_grad():
         for name, parameter in parameters.items():
             parameter.copy_(learned[name])
+            if averages:
+                averages[name].copy_(means[name])
             entries = {key: value for key, value in state["optimizer"].get(name, {}).items()}
             prefix = f"{name}/"
             for key, value in tensors.items():

@@ -7,7 +7,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate.utils import gather_object
@@ -24,6 +24,9 @@ from finetune.core.objective import Loss
 from finetune.core.optimizer import learning_rate_factor, make_optimizer
 from finetune.core.run import Run
 from finetune.core.trainable import Learns
+
+if TYPE_CHECKING:
+    from finetune.core.averages import Averages
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,7 +58,13 @@ class _Window:
 
 
 def train(
-    run: Run, denoiser: nn.Module, learns: Learns, batches: Batches, loss: Loss, config: TrainConfig
+    run: Run,
+    denoiser: nn.Module,
+    learns: Learns,
+    batches: Batches,
+    loss: Loss,
+    config: TrainConfig,
+    averages: Averages | None = None,
 ) -> Iterator[Step]:
     """Train, yielding once per optimizer update, after the update and before its checkpoint.
 
@@ -70,6 +79,7 @@ def train(
         batches: the images of every update.
         loss: one value per image.
         config: the loop's settings.
+        averages: kept in the checkpoints; it is the caller's body that updates them.
 
     Raises:
         TisserandError: a loss or gradient that is not finite, naming step and images; nothing is written after it.
@@ -82,8 +92,11 @@ def train(
     model.train()
     done, window, elapsed_s = 0, _Window(), 0.0
     if run.checkpoint is not None:
-        state = checkpoints.read(run.checkpoint, parameters=parameters, optimizer=bare_optimizer)
+        means = averages.tensors if averages else None
+        state = checkpoints.read(run.checkpoint, parameters=parameters, optimizer=bare_optimizer, averages=means)
         done, elapsed_s = int(state["step"]), float(state["elapsed_s"])
+        if averages:
+            averages.restore(done)
         _restore(window, state, accelerator)
         run.say(f"continuing after step {done}, from {run.checkpoint}")
 
@@ -134,6 +147,7 @@ def train(
                         parameters=parameters,
                         optimizer=bare_optimizer,
                         state=state,
+                        averages=averages.tensors if averages else None,
                         limit=config.checkpoints_total_limit,
                     )
                 accelerator.wait_for_everyone()

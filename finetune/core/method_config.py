@@ -22,15 +22,38 @@ class LoraConfig:
     """The adapters' output is scaled by lora_alpha / rank; equal to rank if absent."""
     lora_targets: Literal["attention", "attention+resnet"] = "attention"
     """Layers that get adapters: the attention projections, or the ResNet convolutions too. Ours."""
+    resnet_rank: int | None = None
+    """Rank on the ResNet convolutions; rank if absent. Ours."""
+    resnet_alpha: float | None = None
+    """Alpha on the ResNet convolutions; in the ratio that lora_alpha has to rank if absent. Ours."""
+    lora_dropout: float = 0.0
+    """Share of the adapters' inputs set to 0 while training."""
+    use_dora: bool = False
+    """Learn the length of each weight column apart from its direction (DoRA); a step takes longer."""
+    init_adapter: Path | None = None
+    """Start from this adapter, a run folder or a LoRA file with the same layers, ranks and alphas. Ours."""
 
     def __post_init__(self) -> None:
-        """Check ranges."""
-        need_positive(rank=self.rank, lora_alpha=self.lora_alpha)
+        """Check ranges, and options that need another one."""
+        need_positive(
+            rank=self.rank, lora_alpha=self.lora_alpha, resnet_rank=self.resnet_rank, resnet_alpha=self.resnet_alpha
+        )
+        if not 0 <= self.lora_dropout < 1:
+            raise refuse("lora_dropout", self.lora_dropout, "must be in [0, 1)")
+        for flag, value in (("resnet_rank", self.resnet_rank), ("resnet_alpha", self.resnet_alpha)):
+            if value is not None and self.lora_targets == "attention":
+                raise refuse(flag, value, "needs --lora_targets attention+resnet")
 
     @property
     def alpha(self) -> float:
         """The alpha in force."""
         return float(self.rank if self.lora_alpha is None else self.lora_alpha)
+
+    @property
+    def alpha_on_resnet(self) -> float:
+        """The alpha in force on the ResNet convolutions."""
+        rank = self.resnet_rank or self.rank
+        return float(self.alpha * rank / self.rank if self.resnet_alpha is None else self.resnet_alpha)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -4,15 +4,46 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import save
+from torch import Tensor, nn
 
-from finetune.core.models import LORA_FILE, PROVENANCE_KEY, Models
+from finetune.core.models import LORA_FILE, PROVENANCE_KEY, Models, as_pipeline
 from finetune.core.run import PROVENANCE
 from finetune.core.trainable import ADAPTER
+
+PIPELINE_FILE = "model_index.json"
+"""The file that makes a folder a pipeline; written last."""
+PIPELINE_PARTS = ("scheduler", "text_encoder", "tokenizer", "unet", "vae")
+"""Folders of a pipeline."""
+
+
+def save_pipeline(folder: Path, models: Models, provenance: dict[str, Any]) -> Path:
+    """Write a pipeline into the run folder, for ``StableDiffusionPipeline.from_pretrained(folder)``.
+
+    Its scheduler is the one that was trained; all weights are written in the precision they are held in.
+
+    Returns:
+        the folder; its ``model_index.json`` appears when all the rest is whole.
+    """
+    partial = folder / "pipeline.partial"
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        as_pipeline(models).save_pretrained(partial, safe_serialization=True)
+        (folder / PIPELINE_FILE).unlink(missing_ok=True)
+        for part in PIPELINE_PARTS:
+            if (folder / part).exists():
+                shutil.rmtree(folder / part)
+            (partial / part).rename(folder / part)
+        _write_provenance(folder, provenance)
+        (partial / PIPELINE_FILE).rename(folder / PIPELINE_FILE)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return folder
 
 
 def save_lora(folder: Path, models: Models, provenance: dict[str, Any]) -> Path:
@@ -27,30 +58,44 @@ def save_lora(folder: Path, models: Models, provenance: dict[str, Any]) -> Path:
         the path of the file; it appears when it is whole.
     """
     from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY
-    from peft import get_peft_model_state_dict
 
-    state = get_peft_model_state_dict(models.unet, adapter_name=ADAPTER)
-    tensors = {f"unet.{name}": value.detach().to("cpu", torch.float32).contiguous() for name, value in state.items()}
-    config = {
-        name: sorted(value) if isinstance(value, set) else value for name, value in _adapter_config(models).items()
-    }
+    tensors, configs = {}, {}
+    for name, module in (("unet", models.unet), ("text_encoder", models.text_encoder)):
+        if ADAPTER in getattr(module, "peft_config", {}):
+            tensors |= {f"{name}.{key}": value for key, value in _adapter_tensors(module).items()}
+            configs |= {f"{name}.{key}": value for key, value in _adapter_config(module).items()}
     metadata = {
         "format": "pt",
-        LORA_ADAPTER_METADATA_KEY: json.dumps(
-            {f"unet.{name}": value for name, value in config.items()}, sort_keys=True
-        ),
+        LORA_ADAPTER_METADATA_KEY: json.dumps(configs, sort_keys=True),
         PROVENANCE_KEY: json.dumps(provenance, sort_keys=True),
     }
     partial = folder / f"{LORA_FILE}.{os.getpid()}.partial"
     partial.write_bytes(_with_sorted_header(save(tensors, metadata=metadata)))
-    (folder / PROVENANCE).write_text(json.dumps(provenance, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    _write_provenance(folder, provenance)
     return partial.replace(folder / LORA_FILE)
 
 
-def _adapter_config(models: Models) -> dict[str, Any]:
-    """Return peft's description of the adapter, without what only says where it came from."""
-    config = models.unet.peft_config[ADAPTER].to_dict()
-    return {name: value for name, value in config.items() if name not in ("base_model_name_or_path", "revision")}
+def _write_provenance(folder: Path, provenance: dict[str, Any]) -> None:
+    """Write ``provenance.json``."""
+    (folder / PROVENANCE).write_text(json.dumps(provenance, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def _adapter_tensors(module: nn.Module) -> dict[str, Tensor]:
+    """Return an adapter's tensors under the names diffusers reads, float32, on the CPU."""
+    from peft import get_peft_model_state_dict
+    from transformers import PreTrainedModel
+
+    state = get_peft_model_state_dict(module, adapter_name=ADAPTER)
+    # Newer transformers have dropped this level of the text encoder; diffusers reads names with it everywhere.
+    level = "text_model." if isinstance(module, PreTrainedModel) and not hasattr(module, "text_model") else ""
+    return {level + key: value.detach().to("cpu", torch.float32).contiguous() for key, value in state.items()}
+
+
+def _adapter_config(module: nn.Module) -> dict[str, Any]:
+    """Return peft's description of an adapter, without what only says where it came from."""
+    config: dict[str, Any] = module.peft_config[ADAPTER].to_dict()  # type: ignore[index, operator, union-attr]
+    kept = {name: value for name, value in config.items() if name not in ("base_model_name_or_path", "revision")}
+    return {name: sorted(value) if isinstance(value, set) else value for name, value in kept.items()}
 
 
 def _with_sorted_header(data: bytes) -> bytes:
