@@ -7,7 +7,11 @@ it: does each show the state and axis of its prompt, and how far are they from h
 real slices are from each other? No outside weights are needed; the base model named in the records gives the VAE
 round trip.
 
-Writes results.jsonl, overview.json, confusion.png, samples.png, samples/ (the strips of each caption) and config.yaml.
+And what an engineer would measure (grey levels, spectrum, directions, texture, phases, chord lengths), each in units of
+how much real slices differ among themselves.
+
+Writes results.jsonl, overview.json, confusion.png, samples.png, samples/ (the strips of each caption), descriptors/
+(the curves of each caption) and config.yaml.
 """
 
 from __future__ import annotations
@@ -25,6 +29,7 @@ from configs.load import command, save
 if TYPE_CHECKING:
     from eval.distances import Ints
     from eval.features import Grey, Tiles
+    from eval.fidelity_descriptors import Compared
     from eval.fidelity_rows import Head, Naming, Seen, Sets
     from eval.results import Result
     from eval.slice_classifier import Reading, SliceClassifier
@@ -34,6 +39,7 @@ LARGEST_TILE = (
     196  # fits the thin side of real volumes and is a multiple of 14, so that larger encoders can read the same tile
 )
 SMALLEST_TILE = 16  # four strided convolutions
+MOST_FOR_THRESHOLD = 200  # tiles of a state; their pixels are enough for a threshold
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,6 +101,7 @@ class Drawn:
 def main(config: FidelityConfig) -> None:
     """Draw tiles, train the classifier, measure, judge, and publish the folder when it is whole."""
     from data_prep.manifest import check_free, publish
+    from eval.fidelity_descriptors import descriptor_rows
     from eval.fidelity_rows import Naming, fidelity_rows
     from eval.results import command_line, write_results
     from eval.slice_sets import read_generated, read_real
@@ -110,7 +117,7 @@ def main(config: FidelityConfig) -> None:
     for note in _notes(config, real, generated, drawn, tile):
         print(note)
 
-    from eval.fidelity_pictures import save_pictures
+    from eval.fidelity_pictures import save_overlays, save_pictures
     from eval.slice_classifier import train_classifier
 
     truth = _truth(drawn.learning, naming)
@@ -125,12 +132,16 @@ def main(config: FidelityConfig) -> None:
     round_trips, no_vae, vae_hash = _round_trips(config, generated, [drawn.held_out.pixels, drawn.aside.pixels])
     sets = _read_sets(model, drawn, naming, real, round_trips, no_vae)
     rows = fidelity_rows(sets, naming, draws=config.bootstrap_draws, seed=config.seed)
+    compared = _describe_sets(drawn, naming, round_trips)
+    draws, grey = config.bootstrap_draws, sets.leak_unchecked
+    rows += descriptor_rows(compared, naming, grey, draws=draws, seed=config.seed)
     hashes = _hashes(config, vae_hash or generated.base_hash)
     rows = [replace(row, hashes=hashes, command=command_line("eval.fidelity", config)) for row in rows]
 
     with publish(config.output_dir, overwrite=config.overwrite, mark="results.jsonl") as folder:
         write_results(folder / "results.jsonl", rows)
         overview = save_pictures(folder, drawn, sets, round_trips[0] if round_trips else None, naming)
+        overview["overlays"] = save_overlays(folder, compared, naming, drawn.held_out.pixels.shape[1])
         (folder / "overview.json").write_text(json.dumps(overview, indent=1) + "\n", encoding="utf-8")
         save(config, folder / "config.yaml")
     for line in _summary(rows):
@@ -286,6 +297,41 @@ def _read_sets(
     )
 
 
+def _describe_sets(drawn: Drawn, naming: Naming, round_trips: Sequence[Grey]) -> Compared:
+    """Describe every set, state by state with the threshold between its phases from the learning tiles."""
+    import numpy as np
+
+    from eval.descriptors import describe, phase_threshold
+    from eval.fidelity_descriptors import Compared, Described
+
+    states = np.array([cut.label[0] for cut in drawn.learning.cuts])
+    threshold = {
+        state: phase_threshold(drawn.learning.pixels[states == state][:MOST_FOR_THRESHOLD]) for state in naming.states
+    }
+
+    def described(tiles: Tiles, pixels: Grey) -> Described:
+        truth = _truth(tiles, naming)
+        parts = [np.flatnonzero(truth["state"] == number) for number in range(len(naming.states))]
+        found = [
+            describe(pixels[part], threshold[state])
+            for state, part in zip(naming.states, parts, strict=True)
+            if len(part)
+        ]
+        order = np.concatenate(parts).argsort()
+        return Described(
+            values={name: np.concatenate([part[name] for part in found])[order] for name in found[0]},
+            cells=truth["state"] * 1000 + truth["axis"],
+            blocks=np.unique([cut.block for cut in tiles.cuts], return_inverse=True)[1].astype(np.int64),
+        )
+
+    return Compared(
+        generated=described(drawn.generated, drawn.generated.pixels),
+        held_out=described(drawn.held_out, drawn.held_out.pixels),
+        aside=described(drawn.aside, drawn.aside.pixels),
+        vae=described(drawn.aside, round_trips[1]) if round_trips else None,
+    )
+
+
 def _by_picture(tiles: Seen, reading: Reading, owners: Sequence[int]) -> Seen:
     """Return one entry a picture: the class its tiles together hold most likely, the features of the first."""
     import numpy as np
@@ -315,11 +361,11 @@ def _hashes(config: FidelityConfig, base_hash: str) -> dict[str, str]:
 def _summary(rows: Sequence[Result]) -> Iterable[str]:
     """Return the numbers over all captions as lines."""
     for row in rows:
-        if row.prompt or row.value is None:
+        if row.prompt or row.value is None or row.set.startswith("descriptor_"):
             continue
         interval = f" [{row.low:.3f}, {row.high:.3f}]" if row.low is not None and row.high is not None else ""
         judged = "" if row.reason.startswith("reference") else f"{row.verdict}: "
-        yield f"{row.metric:<16} {row.set:<17} {row.value:7.3f}{interval}  n {row.n}  {judged}{row.reason}"
+        yield f"{row.metric:<22} {row.set:<17} {row.value:7.3f}{interval}  n {row.n}  {judged}{row.reason}"
 
 
 if __name__ == "__main__":

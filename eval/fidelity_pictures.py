@@ -8,12 +8,16 @@ from typing import TYPE_CHECKING
 import numpy as np
 from PIL import Image
 
+from eval.descriptors import ANGLES, GREY_BINS
+from eval.fidelity_descriptors import Described
 from eval.fidelity_rows import HEADS, Head, Naming, Seen, Sets, table_of
 from prompts.captions import caption
 
 if TYPE_CHECKING:
+    from eval.distances import Floats
     from eval.features import Grey, Tiles
     from eval.fidelity import Drawn
+    from eval.fidelity_descriptors import Compared
 
 SAMPLES_PER_CAPTION = 4
 KINDS = ("real", "vae", "generated")
@@ -34,6 +38,64 @@ def save_pictures(folder: Path, drawn: Drawn, sets: Sets, round_trip: Grey | Non
 def sample_name(state: str, axis: str, kind: str) -> str:
     """Return the file name of a strip of samples."""
     return f"{state.replace('_', '-')}_{axis}_{kind}.png"
+
+
+def save_overlays(folder: Path, sets: Compared, naming: Naming, tile: int) -> list[dict[str, str]]:
+    """Draw the curves of each caption into descriptors/; return caption and file of each.
+
+    Real held-out slices in black with the band of single blocks of real slices, the VAE round trip dotted, generated
+    ones in colour.
+    """
+    (folder / "descriptors").mkdir()
+    found = []
+    for cell in np.unique(sets.generated.cells):
+        name = f"descriptors/{sample_name(naming.states[cell // 1000], naming.axes[cell % 1000], 'curves')}"
+        _draw_overlay(folder / name, sets, int(cell), tile)
+        found.append({"caption": naming.caption(int(cell)), "file": name})
+    return found
+
+
+def _draw_overlay(path: Path, sets: Compared, cell: int, tile: int) -> None:
+    """Draw four descriptors of one caption beside each other."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(11, 2.6), layout="constrained")
+    FigureCanvasAgg(figure)
+    rings = sets.held_out.values["spectrum"].shape[1]
+    places = {
+        "histogram": (np.arange(256 // GREY_BINS // 2, 256, 256 // GREY_BINS), "grey level"),
+        "spectrum": ((np.arange(rings) + 0.5) / (2 * rings), "cycles per px"),
+        "orientation": (np.arange(ANGLES) * 180 / ANGLES, "direction, degrees"),
+        "two_point": (np.arange(tile // 2), "distance, px"),
+    }
+    real = Described.joined(sets.held_out, sets.aside)
+    members = np.flatnonzero(real.cells == cell)
+    for axes, (name, (x, label)) in zip(figure.subplots(1, 4), places.items(), strict=True):
+        curves = _curves(real.values[name][members])
+        blocks = [curves[real.blocks[members] == block].mean(axis=0) for block in np.unique(real.blocks[members])]
+        if blocks:
+            axes.fill_between(x, np.min(blocks, axis=0), np.max(blocks, axis=0), color="#d8d7d1", label="real blocks")
+        lines = (("real", sets.held_out, "#1d2025", "-"), ("VAE", sets.vae, "#8a8d92", ":"))
+        for kind, side, colour, style in (*lines, ("generated", sets.generated, "#b3541e", "-")):
+            own = np.zeros(0) if side is None else np.flatnonzero(side.cells == cell)
+            if side is not None and len(own):
+                axes.plot(
+                    x, _curves(side.values[name][own]).mean(axis=0), style, color=colour, linewidth=1.4, label=kind
+                )
+        if name == "spectrum":
+            axes.set_yscale("log")
+        axes.set_title(name.replace("_", " "), fontsize=9, loc="left")
+        axes.set_xlabel(label, fontsize=8)
+        axes.tick_params(labelsize=7)
+        axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(fontsize=7, frameon=False)
+    figure.savefig(path, dpi=90, metadata={"Software": None})
+
+
+def _curves(values: Floats) -> Floats:
+    """Return one curve a tile, (N, K); those of the two image axes are averaged."""
+    return np.asarray(values if values.ndim == 2 else values.mean(axis=1))
 
 
 def _save_confusion(path: Path, sets: Sets, naming: Naming) -> None:

@@ -1,9 +1,27 @@
 from __future__ import annotations
 
+import importlib.util
+import os
+import sys
+
 import numpy as np
 import pytest
 
-from eval.distances import Sample, accuracy_interval, balanced_accuracy, block_bootstrap, blocked_kid, confusion, kid
+from eval.distances import (
+    Sample,
+    accuracy_interval,
+    auc_interval,
+    balanced_accuracy,
+    block_bootstrap,
+    blocked_kid,
+    confusion,
+    density_coverage,
+    gaussian_kernel,
+    kid,
+    median_distance,
+    one_a_block,
+    two_sample_scores,
+)
 
 
 def normal(n: int, seed: int, shift: float = 0.0, dimensions: int = 6) -> np.ndarray:
@@ -128,3 +146,101 @@ def test_intervals_depend_on_the_seed_alone() -> None:
     a, b = correlated(0), correlated(1)
     assert blocked_kid(a, b, draws=100, seed=3) == blocked_kid(a, b, draws=100, seed=3)
     assert blocked_kid(a, b, draws=100, seed=3) != blocked_kid(a, b, draws=100, seed=4)
+
+
+def stack(random: np.random.Generator, slices: int, length: float, dimensions: int) -> np.ndarray:
+    """A stack of slices as a smooth Gaussian process along the stack, of variance 1."""
+    from scipy.ndimage import gaussian_filter1d
+
+    white = random.normal(size=(slices + 8 * int(length), dimensions))
+    smooth = gaussian_filter1d(white, length / np.sqrt(2), axis=0, mode="wrap")[4 * int(length) :][:slices]
+    return smooth * np.sqrt(2 * np.sqrt(np.pi) * length / np.sqrt(2))  # a filtered white noise has this much less
+
+
+def test_intervals_over_blocks_cover_on_a_correlated_stack_and_those_over_slices_do_not() -> None:
+    """700 slices with a correlation length of 15: a nominal 95 % interval of the mean, 200 stacks."""
+    covered = {"blocks": 0, "slices": 0}
+    number = np.arange(700)
+    strata = np.zeros(700, dtype=np.int64)
+    for seed in range(200):
+        values = stack(np.random.default_rng(seed), 700, 15, 1)[:, 0]
+        for name, blocks in (("blocks", number // 60), ("slices", number)):
+            interval = block_bootstrap(lambda w, v=values: float(w @ v / w.sum()), strata, blocks, draws=200, seed=seed)
+            covered[name] += interval.low <= 0 <= interval.high
+    assert covered["blocks"] >= 0.80 * 200
+    assert covered["slices"] < 0.40 * 200
+
+
+def test_density_and_coverage_of_a_perfect_generator_need_a_thinned_reference() -> None:
+    random = np.random.default_rng(0)
+    real = stack(random, 700, 15, 64)
+    made = np.concatenate([stack(random, 1, 15, 64) for _ in range(100)])
+    crowded = density_coverage(real, made, neighbours=3)
+    thinned = density_coverage(
+        real[one_a_block(np.zeros(700, dtype=np.int64), np.arange(700) // 45)], made, neighbours=3
+    )
+    assert max(crowded) < 0.05
+    assert thinned[0] == pytest.approx(1, abs=0.35)
+    assert thinned[1] > 0.9
+
+
+def test_density_and_coverage_equal_the_definition() -> None:
+    real, made = normal(12, 0, dimensions=2), normal(9, 1, dimensions=2)
+    radii = [sorted(np.linalg.norm(real - point, axis=1))[3] for point in real]  # the first is the point itself
+    inside = [[np.linalg.norm(x - y) <= radius for y in made] for x, radius in zip(real, radii, strict=True)]
+    density, coverage = density_coverage(real, made, neighbours=3)
+    assert density == pytest.approx(np.sum(inside) / (3 * 9))
+    assert coverage == pytest.approx(np.mean(np.any(inside, axis=1)))
+
+
+def test_the_classifier_tells_a_shift_from_nothing() -> None:
+    base = sample(normal(150, 0))
+    for shift, expected in ((0.0, 0.5), (1.0, 0.957)):  # AUC of d' = sqrt(6) is Phi(sqrt(6 / 2))
+        other = sample(normal(150, 1, shift=shift))
+        interval = auc_interval(other, base, two_sample_scores(other, base), draws=200)
+        assert interval.value == pytest.approx(expected, abs=0.07)
+        assert (interval.low > 0.65) == (shift > 0)
+
+
+def test_near_copies_of_one_block_never_sit_on_both_sides_of_the_classifier() -> None:
+    """Blocks of one distribution: with slices dealt at random a block recognises itself, block by block it cannot."""
+    a, b = correlated(0, blocks=20), correlated(1, blocks=20)
+    alone = [sample(side.features) for side in (a, b)]
+    leaked = auc_interval(*alone, two_sample_scores(*alone), draws=100)
+    honest = auc_interval(a, b, two_sample_scores(a, b), draws=100)
+    assert leaked.value > honest.value
+    assert honest.low < 0.5 < honest.high
+
+
+def test_the_gaussian_kernel_sees_a_loss_of_diversity() -> None:
+    real = sample(normal(128, 0))
+    few = sample(np.tile(normal(8, 1), (16, 1)) + 0.01 * normal(128, 2))
+    again = sample(normal(128, 3))
+    kernel = gaussian_kernel(median_distance(real.features))
+    lost = blocked_kid(few, real, kernel=kernel, draws=100)
+    same = blocked_kid(again, real, kernel=kernel, draws=100)
+    assert same.low < 0 < same.high
+    assert lost.low > same.high
+
+
+def test_the_squared_mmd_equals_the_double_loop() -> None:
+    a, b = normal(9, 0), normal(9, 1, shift=0.4)
+    k = np.vectorize(lambda i, j: np.exp(-((x := both[i] - both[j]) @ x) / (2 * 1.5**2)))
+    both = np.concatenate([a, b])
+    kernel = np.fromfunction(k, (18, 18), dtype=int)
+    within = [part.sum() - np.trace(part) for part in (kernel[:9, :9], kernel[9:, 9:])]
+    expected = sum(within) / 72 - 2 * kernel[:9, 9:].mean()
+    assert blocked_kid(sample(a), sample(b), kernel=gaussian_kernel(1.5), draws=100).value == pytest.approx(expected)
+
+
+def test_kid_is_that_of_torch_fidelity() -> None:
+    """One subset of all pictures: torch-fidelity's own function where it is installed."""
+    extra = os.environ.get("TISSERAND_EXTRA_PACKAGES")
+    if extra and extra not in sys.path:
+        sys.path.append(extra)
+    if importlib.util.find_spec("torch_fidelity") is None:
+        pytest.skip("torch-fidelity is not installed")
+    from torch_fidelity.metric_kid import polynomial_mmd
+
+    a, b = normal(40, 0, dimensions=16), normal(40, 1, shift=0.3, dimensions=16)
+    assert kid(a, b) == pytest.approx(float(polynomial_mmd(a, b, 3, None, 1)), rel=1e-9)
