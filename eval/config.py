@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 Sampler = Literal["dpmsolver++", "unipc", "ddim", "euler", "pndm", "ddpm", "model"]
@@ -38,3 +40,19 @@ class SamplingConfig:
             if value is not None and (value < 8 or value % 8):
                 below = max(8, value // 8 * 8)
                 raise ValueError(f"{flag} {value}: a multiple of 8 is needed; nearest: {below} or {below + 8}")
+
+
+def each_scale(adapters: Sequence[Path], scales: Sequence[float]) -> tuple[float, ...]:
+    """Return the strength of each adapter: one for all, or one each, in the order they were given.
+
+    Raises:
+        ValueError: there are more or fewer strengths.
+    """
+    if len(scales) == 1:
+        return tuple(scales) * len(adapters)
+    if len(scales) != len(adapters):
+        shown = " ".join(map(str, scales))
+        raise ValueError(
+            f"--adapter_scale {shown}: {len(scales)} for {len(adapters)} --adapter; one for all, or one each"
+        )
+    return tuple(scales)

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING
 
 from configs.errors import UsageError
 from configs.load import Repeatable, command, save
-from eval.config import SamplingConfig
+from eval.config import SamplingConfig, each_scale
 
 if TYPE_CHECKING:
     import numpy as np
@@ -49,9 +49,9 @@ class DriftConfig:
     base: str | None = None
     """What a tuned pipeline folder came from; not needed with --adapter."""
     adapter: Repeatable[tuple[Path, ...]] = ()
-    """Run folder or LoRA file to judge; give it several times for several."""
-    adapter_scale: float = 1.0
-    """Strength of the adapters; 0 gives the base model exactly."""
+    """Run folder, LoRA file or embeddings file to judge; give it several times for several."""
+    adapter_scale: tuple[float, ...] = (1.0,)
+    """Strength of the adapters, one for all or one each in their order; 0 leaves an adapter out exactly."""
     probes: str = "tiny"
     """Built-in list (tiny, stable_diffusion), or a probe file (YAML, or text with a prompt per line)."""
     full: bool = False
@@ -81,6 +81,7 @@ class DriftConfig:
         for flag in ("num_images", "num_timesteps", "num_slices"):
             if getattr(self, flag) < 1:
                 raise ValueError(f"--{flag} {getattr(self, flag)}: at least 1")
+        each_scale(self.adapter, self.adapter_scale)
         if not 0 <= self.seed < 2**62:
             raise ValueError(f"--seed {self.seed}: from 0 to 2^62")
 
@@ -206,7 +207,7 @@ def gather(config: DriftConfig, probes: Sequence[Probe], base: Models, tuned: Mo
         more.append(decode(base, caption_latents.flatten(0, 1), asked, batch_size=settings.batch_size))
 
     if base is tuned:
-        set_adapter_scale(tuned, config.adapter_scale)
+        set_adapter_scale(tuned, 1.0)
     tuned_pictures = sample(tuned, requests, settings, progress="tuned")
     for made in (pictures, tuned_pictures):
         require_light(made, requests)

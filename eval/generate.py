@@ -20,7 +20,7 @@ from pathlib import Path
 
 from configs.errors import UsageError
 from configs.load import Repeatable, command, save
-from eval.config import SamplingConfig
+from eval.config import SamplingConfig, each_scale
 
 SHEET_COLUMNS = 8
 SHEET_ROWS = 60
@@ -31,11 +31,11 @@ class GenerateConfig:
     """Settings of ``python -m eval.generate``."""
 
     pretrained_model_name_or_path: str
-    """Pipeline folder, or a name on the hub."""
+    """Pipeline folder, also one that a run saved, or a name on the hub."""
     adapter: Repeatable[tuple[Path, ...]] = ()
-    """Run folder or LoRA file to put on top; give it several times for several."""
-    adapter_scale: float = 1.0
-    """Strength of the adapters; 0 gives the base model exactly."""
+    """Run folder, LoRA file or embeddings file to put on top; give it several times for several."""
+    adapter_scale: tuple[float, ...] = (1.0,)
+    """Strength of the adapters, one for all or one each in their order; 0 leaves an adapter out exactly."""
     prompts: tuple[str, ...] = ()
     """What to generate."""
     prompts_file: Path | None = None
@@ -56,6 +56,7 @@ class GenerateConfig:
             raise ValueError("--prompts: nothing to generate; give prompts, or a --prompts_file")
         if self.num_images < 1:
             raise ValueError(f"--num_images {self.num_images}: at least 1")
+        each_scale(self.adapter, self.adapter_scale)
         if not 0 <= self.seed < 2**62:
             raise ValueError(f"--seed {self.seed}: from 0 to 2^62")
 
@@ -72,7 +73,7 @@ def main(config: GenerateConfig) -> None:
     from PIL import Image
     from tqdm import tqdm
 
-    from eval.provenance import base_mismatch, captions_of, dataset_of, size_of
+    from eval.provenance import base_mismatch, captions_of, dataset_of, pipeline_provenance, size_of
     from eval.sampling import contact_sheet, load_tuned, require_light, sample
     from finetune.core.models import model_hash
 
@@ -80,9 +81,10 @@ def main(config: GenerateConfig) -> None:
     base = {"name": config.pretrained_model_name_or_path, "hash": model_hash(config.pretrained_model_name_or_path)}
     if other := base_mismatch(tuned.provenances, base["hash"]):
         print(f"note: the adapter was trained on another base model ({other})", file=sys.stderr)
-    for note in _near_captions(grid.prompts, captions_of(tuned.provenances)):
+    provenances = [pipeline_provenance(config.pretrained_model_name_or_path), *tuned.provenances]
+    for note in _near_captions(grid.prompts, captions_of(provenances)):
         print(note, file=sys.stderr)
-    settings = resolve_size(config.sampling, size_of(tuned.provenances), tuned.models.size_px)
+    settings = resolve_size(config.sampling, size_of(provenances), tuned.models.size_px)
     config = dataclasses.replace(config, sampling=settings)
 
     requests, shown = grid.requests, []
@@ -114,7 +116,7 @@ def main(config: GenerateConfig) -> None:
         f"{len(records)} pictures of {settings.height} x {settings.width} px in {config.output_dir}: "
         f"{len(grid.prompts)} prompts x {len(grid.seeds)} seeds; look at {config.output_dir / 'contact_sheet.png'}"
     )
-    print(f"next: {_next(config, dataset_of(config.adapter))}")
+    print(f"next: {_next(config, dataset_of([*config.adapter, Path(config.pretrained_model_name_or_path)]))}")
 
 
 def resolve_size(settings: SamplingConfig, trained: tuple[int, int] | None, own: int) -> SamplingConfig:

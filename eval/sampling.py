@@ -28,8 +28,16 @@ from torch import Tensor
 from tqdm import tqdm
 
 from configs.errors import TisserandError
-from eval.config import SamplingConfig
-from finetune.core.models import LORA_FILE, Models, as_pipeline, encode_prompts, file_hash, load_adapter, load_models
+from eval.config import SamplingConfig, each_scale
+from finetune.core.models import (
+    Models,
+    adapter_files,
+    as_pipeline,
+    encode_prompts,
+    file_hash,
+    load_adapter,
+    load_models,
+)
 
 Request = tuple[str, int]
 
@@ -49,7 +57,7 @@ class Tuned:
 
     Attributes:
         models: the parts.
-        adapters: name, hash and scale of each adapter.
+        adapters: name, hash and scale of each adapter's file; a run that learned a word and a LoRA has two.
         provenances: what each adapter says of its training; empty dictionaries for foreign files.
     """
 
@@ -58,20 +66,23 @@ class Tuned:
     provenances: list[dict[str, object]]
 
 
-def load_tuned(name_or_path: str, adapters: Sequence[Path] = (), scale: float = 1.0) -> Tuned:
+def load_tuned(name_or_path: str, adapters: Sequence[Path] = (), scales: Sequence[float] = (1.0,)) -> Tuned:
     """Load a model and put adapters on it, on the GPU if there is one."""
     models = load_models(name_or_path, device="cuda" if torch.cuda.is_available() else "cpu")
-    return put_on(models, adapters, scale)
+    return put_on(models, adapters, scales)
 
 
-def put_on(models: Models, adapters: Sequence[Path], scale: float = 1.0) -> Tuned:
-    """Put adapters on a loaded model, changing it in place."""
-    provenances = [load_adapter(models, adapter, scale=scale) for adapter in adapters]
-    files = [adapter / LORA_FILE if adapter.is_dir() else adapter for adapter in adapters]
-    described: list[dict[str, object]] = [
-        {"name": str(adapter), "hash": file_hash(file), "scale": scale}
-        for adapter, file in zip(adapters, files, strict=True)
-    ]
+def put_on(models: Models, adapters: Sequence[Path], scales: Sequence[float] = (1.0,)) -> Tuned:
+    """Put adapters on a loaded model, changing it in place; one scale for all, or one each."""
+    provenances, described = [], []
+    for adapter, scale in zip(adapters, each_scale(adapters, scales), strict=True):
+        provenances.append(load_adapter(models, adapter, scale=scale))
+        files = adapter_files(adapter)
+        names = [adapter] if len(files) == 1 else files
+        described += [
+            {"name": str(name), "hash": file_hash(file), "scale": scale}
+            for name, file in zip(names, files, strict=True)
+        ]
     return Tuned(models=models, adapters=described, provenances=provenances)
 
 

@@ -97,7 +97,7 @@ def test_a_model_that_did_not_change_scores_exactly_zero(
     way: str, toy_sd: Path, probes: Path, lora: Path, tmp_path: Path
 ) -> None:
     ways: dict[str, dict[str, object]] = {
-        "adapter at scale 0": {"adapter": (lora,), "adapter_scale": 0.0},
+        "adapter at scale 0": {"adapter": (lora,), "adapter_scale": (0.0,)},
         "base against itself": {"adapter": (), "base": str(toy_sd)},
     }
     main(settings(toy_sd, probes, tmp_path / "out", captions=("sf_dry",), **ways[way]))

@@ -69,8 +69,8 @@ def train(
     """Train, yielding once per optimizer update, after the update and before its checkpoint.
 
     What the caller's ``for`` body changes in the parameters is therefore in the checkpoint. The learning rate of a
-    step is base x factor(updates done). The loss of an update is the sum of weight x loss over all its images, on all
-    processes and forward passes, divided by the sum of their weights.
+    step is base x share of the group x factor(updates done). The loss of an update is the sum of weight x loss over all
+    its images, on all processes and forward passes, divided by the sum of their weights.
 
     Args:
         run: where to, on what, and which checkpoint to start from.
@@ -111,10 +111,12 @@ def train(
     ):
         for number in range(done + 1, run.total_steps + 1):
             torch.manual_seed(counter_seed(run.seed, "update", number))  # module dropout, where there is any
-            for group in bare_optimizer.param_groups:
-                group["lr"] = group["base_lr"] * factor(number - 1)
+            shares = [group.share(number - 1) for group in learns.groups]
+            for group, share in zip(bare_optimizer.param_groups, shares, strict=True):
+                group["lr"] = group["base_lr"] * share * factor(number - 1)
             update = batches.update(number - 1)
             value, per_image = _backward(accelerator, model, loss, update)
+            _rest(learns, shares)
             norm = accelerator.clip_grad_norm_(list(parameters.values()), config.max_grad_norm)
             window.losses.append(value)
             window.norms.append(norm.detach())
@@ -168,6 +170,14 @@ def _backward(accelerator: Any, model: nn.Module, loss: Loss, update: Update) ->
             accelerator.backward((losses * batch.weights).sum() * share)
         per_image.append((losses * batch.weights).detach())
     return torch.cat(per_image).sum() * share, per_image
+
+
+def _rest(learns: Learns, shares: list[float]) -> None:
+    """Drop the gradients of groups that rest; only now, so that DDP finds the same parameters used in every update."""
+    for group, share in zip(learns.groups, shares, strict=True):
+        if not share:
+            for parameter in group.parameters.values():
+                parameter.grad = None
 
 
 def _check_finite(window: _Window, batches: Batches, accelerator: Any) -> None:

@@ -5,6 +5,7 @@ Shapes: prompts N, token places L, embedding width D, latents (B, 4, h, w).
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import sys
@@ -25,6 +26,8 @@ if TYPE_CHECKING:
 
 LORA_FILE = "pytorch_lora_weights.safetensors"
 """The file name diffusers looks for."""
+EMBEDDINGS_FILE = "learned_embeds.safetensors"
+"""The file name diffusers looks for."""
 PROVENANCE_KEY = "provenance"
 """Key of the safetensors metadata that holds what ``provenance.json`` holds."""
 _DOWN = ("lora_A.", "lora.down.", "lora_down.", "lora_linear_layer.down.")  # one tensor per adapted layer, by dialect
@@ -40,6 +43,8 @@ class Models:
         name: what the user typed.
         base_prediction_type: as loaded.
         adapter_prediction_type: of the adapters' training, or None if they do not tell.
+        adapter_scales: strength each adapter was loaded with, by its name within peft, or by its new word.
+        base_tokenizer: as loaded; ``tokenizer`` knows the words of the embeddings, too, while they are on.
     """
 
     tokenizer: CLIPTokenizer
@@ -50,10 +55,14 @@ class Models:
     name: str
     base_prediction_type: str = field(init=False)
     adapter_prediction_type: str | None = field(init=False, default=None)
+    adapter_scales: dict[str, float] = field(init=False, default_factory=dict)
+    base_tokenizer: CLIPTokenizer = field(init=False)
+    tuned_tokenizer: CLIPTokenizer = field(init=False)
 
     def __post_init__(self) -> None:
-        """Keep what the base predicts."""
+        """Keep what the base predicts, and which words it knows."""
         self.base_prediction_type = self.scheduler.config.get("prediction_type", "epsilon")
+        self.base_tokenizer = self.tuned_tokenizer = self.tokenizer
 
     @property
     def vae_scale_factor(self) -> int:
@@ -182,11 +191,16 @@ def quiet_libraries() -> None:
 def tokenize(models: Models, prompts: Sequence[str]) -> Tensor:
     """Return the token ids (N, L) of prompts, padded to the length of the text encoder.
 
+    A learned word stands for all its rows, as in diffusers' own pipelines.
+
     Raises:
         UsageError: a prompt is longer than the text encoder reads; nothing is cut in silence.
     """
+    from diffusers.loaders import TextualInversionLoaderMixin
+
     length = models.tokenizer.model_max_length
-    ids = models.tokenizer(list(prompts), padding="max_length", max_length=length, truncation=False).input_ids
+    texts = TextualInversionLoaderMixin().maybe_convert_prompt(list(prompts), models.tokenizer)
+    ids = models.tokenizer(texts, padding="max_length", max_length=length, truncation=False).input_ids
     for prompt, row in zip(prompts, ids, strict=True):
         if len(row) > length:
             raise UsageError(f"prompt '{prompt}' has {len(row)} tokens; the text encoder reads {length}: shorten it")
@@ -228,12 +242,13 @@ def as_pipeline(models: Models) -> StableDiffusionPipeline:
 
 
 def load_adapter(models: Models, path: Path, *, scale: float = 1.0) -> dict[str, object]:
-    """Put a trained LoRA on the U-Net (and text encoder, if it holds such rows); several may be loaded.
+    """Put what a run learned on a model: a LoRA, the rows of a new word, or both; several may be loaded.
 
     Args:
         models: changed in place.
-        path: a run folder, or a ``.safetensors`` file in diffusers' LoRA layout.
-        scale: strength; 0 gives the base model exactly.
+        path: a run folder, or a ``.safetensors`` file: a LoRA in diffusers' or kohya's layout, or an embedding (Textual
+            Inversion), told apart by what is in it.
+        scale: strength of a LoRA; an embedding is there unless it is 0. 0 gives the base model exactly.
 
     Returns:
         The provenance written by the training run; empty for files of other programs.
@@ -241,51 +256,117 @@ def load_adapter(models: Models, path: Path, *, scale: float = 1.0) -> dict[str,
     Raises:
         InputError: no such file, not safetensors, or it does not fit this model or the adapters on it.
     """
+    provenance: dict[str, object] = {}
+    for file in adapter_files(path):
+        provenance |= _load_file(models, path, file, scale)
+    return provenance
+
+
+def adapter_files(path: Path) -> list[Path]:
+    """Return the weights that ``--adapter PATH`` stands for: the file itself, or those of a run folder.
+
+    Raises:
+        InputError: there are none.
+    """
+    files = (
+        [path / name for name in (EMBEDDINGS_FILE, LORA_FILE) if (path / name).is_file()] if path.is_dir() else [path]
+    )
+    if (path / "model_index.json").is_file() and not files:
+        raise InputError(
+            f"--adapter {path}: is a whole pipeline; give it as --pretrained_model_name_or_path {path}, and what "
+            "it came from as --base where a comparison needs it"
+        )
+    if not files:
+        raise InputError(f"--adapter {path}: there is no {LORA_FILE} or {EMBEDDINGS_FILE} in it")
+    for file in files:
+        if not file.is_file():
+            raise InputError(f"--adapter {path}: there is no {file.name}")
+        if file.suffix != ".safetensors":
+            raise InputError(f"--adapter {path}: only .safetensors files are read, never pickles")
+    return files
+
+
+def _load_file(models: Models, path: Path, file: Path, scale: float) -> dict[str, object]:
+    """Load one file by its content and return the provenance it carries."""
     from safetensors import SafetensorError, safe_open
 
-    file = path / LORA_FILE if path.is_dir() else path
-    if not file.is_file():
-        raise InputError(f"--adapter {path}: there is no {file.name}" + (" in it" if path.is_dir() else ""))
-    if file.suffix != ".safetensors":
-        raise InputError(f"--adapter {path}: only .safetensors files are read, never pickles")
     try:
         with safe_open(file, framework="pt") as reader:
             metadata, keys = reader.metadata() or {}, list(reader.keys())
-        name = f"adapter_{len(getattr(models.unet, 'peft_config', {}))}"
-        with warnings.catch_warnings():
-            # peft warns that an adapter is there already: here that is meant.
-            warnings.filterwarnings("ignore", message="Already found a `peft_config` attribute")
-            # Layers of the file that found no place would be left out of the pictures without a word.
-            warnings.filterwarnings("error", message="While injecting the PEFT adapters, an inconsistency")
-            as_pipeline(models).load_lora_weights(file.parent, weight_name=file.name, adapter_name=name)
+            if not any(mark in key for key in keys for mark in _DOWN):
+                if len(keys) != 1:
+                    raise InputError(f"--adapter {path}: {file.name} holds neither a LoRA nor the rows of one word")
+                rows: Tensor | None = reader.get_tensor(keys[0])
+            else:
+                rows = None
+        if rows is not None:
+            # Other programs name the word by the file.
+            _load_word(models, path, file.stem if keys[0] == "emb_params" else keys[0], rows, scale)
+        else:
+            _load_lora(models, path, file, keys, scale)
     except (SafetensorError, OSError, ValueError, RuntimeError, RuntimeWarning, KeyError) as error:
         reason = " ".join(str(error).split())[:300]
         raise InputError(f"--adapter {path}: does not load into {models.name} ({reason})") from error
-    written = sum(any(mark in key for mark in _DOWN) for key in keys)
-    placed = sum(name in layer.scaling for layer in _adapted_layers(models))
-    if not placed or placed < written:
-        raise InputError(f"--adapter {path}: {placed} of its {written} layers found a place in {models.name}")
     provenance = json.loads(metadata.get(PROVENANCE_KEY, "{}"))
     kind = provenance.get("scheduler", {}).get("prediction_type")
     if None not in (kind, models.adapter_prediction_type) and kind != models.adapter_prediction_type:
         raise InputError(f"--adapter {path}: predicts {kind}, an adapter before it {models.adapter_prediction_type}")
     models.adapter_prediction_type = kind or models.adapter_prediction_type
-    _scale_one(models, name, scale)
-    _set_prediction_type(models, scale)
+    _set_prediction_type(models, is_on=any(models.adapter_scales.values()))
     return provenance
 
 
+def _load_lora(models: Models, path: Path, file: Path, keys: Sequence[str], scale: float) -> None:
+    """Put a LoRA on the U-Net and the text encoder, whichever it has layers for."""
+    name = f"adapter_{len(models.adapter_scales)}"
+    with warnings.catch_warnings():
+        # peft warns that an adapter is there already: here that is meant.
+        warnings.filterwarnings("ignore", message="Already found a `peft_config` attribute")
+        # Layers of the file that found no place would be left out of the pictures without a word.
+        warnings.filterwarnings("error", message="While injecting the PEFT adapters, an inconsistency")
+        as_pipeline(models).load_lora_weights(file.parent, weight_name=file.name, adapter_name=name)
+    written = sum(any(mark in key for mark in _DOWN) for key in keys)
+    placed = sum(name in layer.scaling for layer in _adapted_layers(models))
+    if not placed or placed < written:
+        raise InputError(f"--adapter {path}: {placed} of its {written} layers found a place in {models.name}")
+    models.adapter_scales[name] = scale
+    _scale_one(models, name, scale)
+
+
+def _load_word(models: Models, path: Path, word: str, rows: Tensor, scale: float) -> None:
+    """Teach the tokenizer a word of one or several rows, (D,) or (N, D), through diffusers' own reader."""
+    width = models.text_encoder.get_input_embeddings().weight.shape[1]
+    if not rows.is_floating_point() or rows.ndim not in (1, 2) or rows.shape[-1] != width or not rows.numel():
+        raise InputError(
+            f"--adapter {path}: '{word}' has shape {tuple(rows.shape)}; rows of {width} numbers fit {models.name}"
+        )
+    if word in models.adapter_scales:
+        raise InputError(f"--adapter {path}: an adapter before it holds '{word}', too")
+    models.adapter_scales[word] = scale
+    if not scale:
+        return
+    if models.tuned_tokenizer is models.base_tokenizer:
+        models.tuned_tokenizer = copy.deepcopy(models.base_tokenizer)
+    models.tokenizer = models.tuned_tokenizer
+    as_pipeline(models).load_textual_inversion({word: rows})
+    models.text_encoder.requires_grad_(False)
+
+
 def set_adapter_scale(models: Models, scale: float) -> None:
-    """Set the strength of every loaded adapter, for sampling; 0 gives the base model exactly, 1 what was trained."""
+    """Set the strength of all adapters, relative to the one each was loaded with, for sampling.
+
+    0 gives the base model exactly, new words unknown again; 1 what was loaded.
+    """
     names = {*getattr(models.unet, "peft_config", {}), *getattr(models.text_encoder, "peft_config", {})}
     for name in names:
-        _scale_one(models, name, scale)
-    _set_prediction_type(models, scale)
+        _scale_one(models, name, scale * models.adapter_scales.get(name, 1.0))
+    models.tokenizer = models.tuned_tokenizer if scale else models.base_tokenizer
+    _set_prediction_type(models, is_on=bool(scale))
 
 
-def _set_prediction_type(models: Models, scale: float) -> None:
+def _set_prediction_type(models: Models, *, is_on: bool) -> None:
     """Let samplers read the U-Net's output as what it now is: the adapters' training decides, unless they are off."""
-    kind = models.adapter_prediction_type if scale else None
+    kind = models.adapter_prediction_type if is_on else None
     models.scheduler.register_to_config(prediction_type=kind or models.base_prediction_type)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,12 +24,22 @@ _RESNET = ["conv1", "conv2", "conv_shortcut", "time_emb_proj"]
 _TEXT_ENCODER = ["q_proj", "k_proj", "v_proj", "out_proj"]
 
 
+def always(done: int) -> float:
+    """Return 1: the whole learning rate, however many updates are done."""
+    return 1.0
+
+
 @dataclass(frozen=True)
 class Group:
-    """Parameters by name that share a learning rate (before the schedule's factor)."""
+    """Parameters by name that share a learning rate (before the schedule's factor).
+
+    ``share(done)`` of that rate is in force after ``done`` updates. Where it is 0 the parameters rest: they get no
+    gradient, and the optimizer leaves them and its state of them as they are.
+    """
 
     parameters: dict[str, nn.Parameter]
     learning_rate: float
+    share: Callable[[int], float] = always
 
 
 @dataclass(frozen=True)
