@@ -40,6 +40,8 @@ class Batch:
         prompts: (B, L, D) embeddings, or (B, L) int64 token ids where the text encoder learns.
         weights: (B,) float32, what each image counts in the mean.
         names: of the images' files, for messages.
+        positions: in the stream, of each image.
+        targets: (B, 4, h, w) float32, what to predict, where it is not the noise or v.
     """
 
     latents: Tensor
@@ -49,6 +51,8 @@ class Batch:
     prompts: Tensor
     weights: Tensor
     names: tuple[str, ...]
+    positions: tuple[int, ...]
+    targets: Tensor | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -190,6 +194,7 @@ class CaptionedBatches:
             prompts=self.prompts[prompts.to(device)],
             weights=torch.full((len(rows),), weight, device=device),
             names=tuple(self.images[image].path.name for image, _ in rows),
+            positions=tuple(position for _, position in rows),
         )
 
     def _prompt_row(self, image: int, position: int) -> int:

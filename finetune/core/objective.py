@@ -39,6 +39,11 @@ def min_snr_weight(schedule: NoiseSchedule, timesteps: Tensor, gamma: float) -> 
     return (gamma / snr).clamp(max=1.0)
 
 
+def noisy_latents(schedule: NoiseSchedule, batch: Batch) -> Tensor:
+    """Return what the model sees of a batch, (B, 4, h, w)."""
+    return add_noise(schedule, batch.latents, batch.input_noise, batch.timesteps)
+
+
 def denoising_loss(
     denoiser: nn.Module, batch: Batch, *, schedule: NoiseSchedule, snr_gamma: float | None = None
 ) -> Tensor:
@@ -46,13 +51,14 @@ def denoising_loss(
 
     Args:
         denoiser: predicts from noisy latents, timesteps and prompts.
-        batch: latents, noise to add and to predict, timesteps and prompts of B images.
+        batch: latents, noise to add and to predict, timesteps and prompts of B images; ``targets`` win where given.
         schedule: on the batch's device.
         snr_gamma: limit of min-SNR weighting; None for none.
     """
-    noisy = add_noise(schedule, batch.latents, batch.input_noise, batch.timesteps)
-    prediction = denoiser(noisy, batch.timesteps, batch.prompts)
-    wanted = target(schedule, batch.latents, batch.noise, batch.timesteps)
+    prediction = denoiser(noisy_latents(schedule, batch), batch.timesteps, batch.prompts)
+    wanted = batch.targets
+    if wanted is None:
+        wanted = target(schedule, batch.latents, batch.noise, batch.timesteps)
     losses = (prediction.to(wanted.dtype) - wanted).square().mean(dim=(1, 2, 3))
     if snr_gamma is not None:
         losses = losses * min_snr_weight(schedule, batch.timesteps, snr_gamma).to(losses.dtype)
