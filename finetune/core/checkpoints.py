@@ -84,7 +84,8 @@ def write(
             save_file(
                 {name: value.cpu().contiguous() for name, value in averages.items()}, partial / "averages.safetensors"
             )
-        text = json.dumps({"step": step, **state, "optimizer": scalars}, indent=1)
+        entries = {"step": step, **state, "optimizer": scalars, "optimizer_groups": _group_numbers(optimizer)}
+        text = json.dumps(entries, indent=1)
         (partial / "state.json").write_text(text + "\n", encoding="utf-8")
         if target.exists():
             shutil.rmtree(target)
@@ -138,7 +139,23 @@ def read(
                     entries[key.removeprefix(prefix)] = entry
             if entries:
                 optimizer.state[parameter] = entries
+    for group, numbers in zip(optimizer.param_groups, state["optimizer_groups"], strict=True):
+        group.update(numbers)
     return state
+
+
+def _group_numbers(optimizer: Optimizer) -> list[dict[str, float]]:
+    """Return what the optimizer counts for a whole group, where it does: Prodigy's estimate of the distance."""
+    return [
+        {
+            name: value
+            for name, value in group.items()
+            if isinstance(value, int | float)
+            and name not in ("lr", "base_lr")
+            and value != optimizer.defaults.get(name)
+        }
+        for group in optimizer.param_groups
+    ]
 
 
 def _optimizer_state(

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from contextlib import redirect_stdout
+from typing import TYPE_CHECKING, Any
 
 import torch
 
+from configs.errors import UsageError
 from finetune.core.config import TrainConfig
 from finetune.core.trainable import Learns
 
@@ -14,25 +17,71 @@ if TYPE_CHECKING:
     from torch.optim import Optimizer
 
 
+def check_optimizer(config: TrainConfig) -> None:
+    """Refuse an optimizer that cannot run here, before anything is loaded.
+
+    Raises:
+        UsageError: its package is missing, or it needs a GPU.
+    """
+    if config.use_8bit_adam:
+        if not torch.cuda.is_available():
+            raise UsageError("--use_8bit_adam: needs a GPU; leave it out, or save memory with --optimizer adafactor")
+        if importlib.util.find_spec("bitsandbytes") is None:
+            raise UsageError(
+                "--use_8bit_adam: bitsandbytes is not installed; pip install bitsandbytes, or leave it out"
+            )
+    if config.optimizer == "prodigy" and importlib.util.find_spec("prodigyopt") is None:
+        raise UsageError("--optimizer prodigy: prodigyopt is not installed; pip install prodigyopt, or use adamw")
+
+
 def make_optimizer(learns: Learns, config: TrainConfig) -> Optimizer:
-    """Return AdamW (Loshchilov and Hutter 2019, arXiv:1711.05101) over what learns, one group per learning rate."""
-    groups = [
+    """Return the optimizer over what learns, one group per learning rate.
+
+    AdamW (Loshchilov and Hutter 2019, arXiv:1711.05101) is fused; with 8-bit moments (Dettmers et al. 2022,
+    arXiv:2110.02861) bitsandbytes'. Adafactor (Shazeer and Stern 2018, arXiv:1804.04235) is transformers', at the rate
+    asked for instead of one relative to the weights. Prodigy (Mishchenko and Defazio 2023, arXiv:2306.06101) is its
+    authors', set up as diffusers does.
+
+    Raises:
+        UsageError: prodigy, which finds one rate for all, with groups of different rates.
+    """
+    groups: list[dict[str, Any]] = [
         {"params": list(group.parameters.values()), "lr": group.learning_rate, "base_lr": group.learning_rate}
         for group in learns.groups
     ]
-    return torch.optim.AdamW(
-        groups,
-        betas=(config.adam_beta1, config.adam_beta2),
-        weight_decay=config.adam_weight_decay,
-        eps=config.adam_epsilon,
-        fused=True,
-    )
+    adam: dict[str, Any] = {
+        "betas": (config.adam_beta1, config.adam_beta2),
+        "weight_decay": config.adam_weight_decay,
+        "eps": config.adam_epsilon,
+    }
+    if config.optimizer == "adafactor":
+        from transformers.optimization import Adafactor
+
+        return Adafactor(
+            groups,
+            lr=config.learning_rate,
+            weight_decay=adam["weight_decay"],
+            scale_parameter=False,
+            relative_step=False,
+        )
+    if config.optimizer == "prodigy":
+        from prodigyopt import Prodigy
+
+        if len({group["lr"] for group in groups}) > 1:
+            raise UsageError("--optimizer prodigy: finds one learning rate for all; leave out --text_encoder_lr")
+        with redirect_stdout(None):  # it announces its weight decay, from every process
+            return Prodigy(groups, decouple=True, use_bias_correction=True, safeguard_warmup=True, **adam)
+    if config.use_8bit_adam:
+        import bitsandbytes
+
+        return bitsandbytes.optim.AdamW8bit(groups, **adam)
+    return torch.optim.AdamW(groups, fused=True, **adam)
 
 
-def base_learning_rate(config: TrainConfig, num_processes: int) -> float:
-    """Return the learning rate before the schedule, multiplied by the images per update with ``--scale_lr``."""
+def base_learning_rate(config: TrainConfig, num_processes: int, rate: float | None = None) -> float:
+    """Return ``rate`` (``--learning_rate`` if None), multiplied by the images per update with ``--scale_lr``."""
     scale = config.train_batch_size * config.gradient_accumulation_steps * num_processes if config.scale_lr else 1
-    return config.learning_rate * scale
+    return (config.learning_rate if rate is None else rate) * scale
 
 
 def learning_rate_factor(config: TrainConfig, total_steps: int) -> Callable[[int], float]:
@@ -48,5 +97,7 @@ def learning_rate_factor(config: TrainConfig, total_steps: int) -> Callable[[int
         optimizer=nothing,
         num_warmup_steps=config.lr_warmup_steps,
         num_training_steps=total_steps,
+        num_cycles=config.lr_num_cycles,
+        power=config.lr_power,
     )
     return scheduler.lr_lambdas[0]

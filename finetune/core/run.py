@@ -29,6 +29,7 @@ import configs.load
 from configs.errors import UsageError
 from finetune.core import checkpoints
 from finetune.core.config import CHANGEABLE, TrainConfig
+from finetune.core.optimizer import check_optimizer
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -144,6 +145,7 @@ def start_run(
     """
     folder = train.output_dir
     _check_tracker(train.report_to)
+    check_optimizer(train)
     accelerator = _make_accelerator(train, folder)
     threads = _set_threads(accelerator)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = train.allow_tf32
