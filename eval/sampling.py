@@ -27,7 +27,7 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 from tqdm import tqdm
 
-from configs.errors import TisserandError
+from configs.errors import TisserandError, UsageError
 from eval.config import SamplingConfig, each_scale
 from finetune.core.models import (
     Models,
@@ -180,9 +180,15 @@ def require_light(pictures: np.ndarray, requests: Sequence[Request]) -> None:
 
 
 def make_scheduler(trained: SchedulerMixin, name: str) -> SchedulerMixin:
-    """Set up a sampler by name on the noise schedule and prediction type the model was trained with."""
+    """Set up a sampler by name on the noise schedule and prediction type the model was trained with.
+
+    Raises:
+        UsageError: the schedule ends in pure noise, and the sampler does not know such schedules.
+    """
     if name == "model":
         return type(trained).from_config(trained.config)
+    if name == "pndm" and trained.config.get("rescale_betas_zero_snr"):
+        raise UsageError("--scheduler pndm: does not know the model's zero-terminal schedule; use dpmsolver++ or ddim")
     # As in the folders of Stable Diffusion itself: the warm-up of PNDM costs steps and needs at least four.
     extra = {"skip_prk_steps": True} if name == "pndm" else {}
     return _SCHEDULERS[name].from_config(trained.config, **extra)

@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 
 from configs.errors import InputError, TisserandError, UsageError
 from configs.load import load
-from finetune.core.models import LORA_FILE
+from finetune.core.models import LORA_FILE, load_adapter, load_models, set_adapter_scale
 from finetune.lora import LoraRun, main
 
 ROOT = Path(__file__).parent.parent
@@ -372,6 +372,19 @@ def test_a_mistake_is_named_before_anything_is_written(
         train(*words)
     written = files_of(tmp_path / "run") if (tmp_path / "run").exists() else []
     assert written == []
+
+
+def test_an_adapter_of_a_zero_terminal_schedule_brings_it_along(train: Train, toy_sd: Path) -> None:
+    folder = train("--prediction_type", "v_prediction", "--rescale_betas_zero_snr", "--max_train_steps", 1)
+    models = load_models(str(toy_sd))
+    load_adapter(models, folder)
+    trained = models.scheduler.config
+    assert (trained.prediction_type, trained.timestep_spacing) == ("v_prediction", "trailing")
+    assert float(models.scheduler.alphas_cumprod[-1]) == 0.0
+    set_adapter_scale(models, 0.0)
+    base = models.scheduler.config
+    assert (base.prediction_type, base.timestep_spacing) == ("epsilon", "leading")
+    assert float(models.scheduler.alphas_cumprod[-1]) > 0.004
 
 
 def launch(arguments: list[str]) -> subprocess.Popen[str]:

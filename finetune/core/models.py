@@ -19,6 +19,8 @@ import torch
 from torch import Tensor, nn
 
 from configs.errors import InputError, UsageError
+from finetune.core.config import NoiseConfig
+from finetune.core.noise import trained_scheduler
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL, SchedulerMixin, StableDiffusionPipeline, UNet2DConditionModel
@@ -39,10 +41,10 @@ class Models:
     """The parts of one Stable Diffusion.
 
     Attributes:
-        scheduler: diffusers', as loaded; with adapters on, its prediction type is the one they were trained to.
+        scheduler: diffusers', as loaded; with adapters on, its schedule and prediction type are those they learned.
         name: what the user typed.
-        base_prediction_type: as loaded.
-        adapter_prediction_type: of the adapters' training, or None if they do not tell.
+        base_scheduler: as loaded.
+        adapter_noise: schedule and prediction type of the adapters' training, or None if they do not tell.
         adapter_scales: strength each adapter was loaded with, by its name within peft, or by its new word.
         base_tokenizer: as loaded; ``tokenizer`` knows the words of the embeddings, too, while they are on.
     """
@@ -53,15 +55,15 @@ class Models:
     unet: UNet2DConditionModel
     scheduler: SchedulerMixin
     name: str
-    base_prediction_type: str = field(init=False)
-    adapter_prediction_type: str | None = field(init=False, default=None)
+    base_scheduler: SchedulerMixin = field(init=False)
+    adapter_noise: NoiseConfig | None = field(init=False, default=None)
     adapter_scales: dict[str, float] = field(init=False, default_factory=dict)
     base_tokenizer: CLIPTokenizer = field(init=False)
     tuned_tokenizer: CLIPTokenizer = field(init=False)
 
     def __post_init__(self) -> None:
-        """Keep what the base predicts, and which words it knows."""
-        self.base_prediction_type = self.scheduler.config.get("prediction_type", "epsilon")
+        """Keep what the base was trained with, and which words it knows."""
+        self.base_scheduler = self.scheduler
         self.base_tokenizer = self.tuned_tokenizer = self.tokenizer
 
     @property
@@ -108,21 +110,43 @@ def load_models(
     cache_dir: Path | None = None,
     device: str | torch.device = "cpu",
     dtype: torch.dtype = torch.float32,
+    unet_revision: str | None = None,
+    tokenizer_name: str | None = None,
+    tokenizer_max_length: int | None = None,
 ) -> Models:
     """Load a Stable Diffusion 1.x or 2.x from a folder in diffusers' format or the hub, frozen, in eval mode.
 
     Only safetensors are read and no remote code is run. The scheduler, and with it the prediction type, is the model's.
+    U-Net and tokenizer may come from elsewhere (``--non_ema_revision``, ``--tokenizer_name``).
 
     Raises:
-        UsageError: there is no such model, it is not in this format, or its weights are pickled.
+        UsageError: there is no such model, it is not in this format, its weights are pickled, or the tokenizer does not
+            fit its text encoder.
     """
     quiet_libraries()
-    from diffusers import StableDiffusionPipeline
+    from diffusers import StableDiffusionPipeline, UNet2DConditionModel
+    from transformers import CLIPTokenizer
 
     check_folder(name_or_path)
+    if unet_revision is not None and Path(name_or_path).is_dir():
+        raise UsageError(f"--non_ema_revision {unet_revision}: {name_or_path} is a folder, which has no revisions")
+    other: dict[str, Any] = {}
     try:
+        if unet_revision is not None:
+            other["unet"] = UNet2DConditionModel.from_pretrained(
+                name_or_path,
+                subfolder="unet",
+                revision=unet_revision,
+                variant=variant,
+                cache_dir=cache_dir,
+                torch_dtype=dtype,
+                use_safetensors=True,
+            )
+        if tokenizer_name is not None:
+            other["tokenizer"] = CLIPTokenizer.from_pretrained(tokenizer_name, cache_dir=cache_dir)
         pipeline = StableDiffusionPipeline.from_pretrained(
             name_or_path,
+            **other,
             revision=revision,
             variant=variant,
             cache_dir=cache_dir,
@@ -138,6 +162,7 @@ def load_models(
         raise UsageError(
             f"--pretrained_model_name_or_path {name_or_path}: cannot be loaded as a Stable Diffusion ({reason})"
         ) from error
+    _check_tokenizer(pipeline.tokenizer, pipeline.text_encoder, tokenizer_name, tokenizer_max_length)
     models = Models(
         tokenizer=pipeline.tokenizer,
         text_encoder=pipeline.text_encoder,
@@ -149,6 +174,19 @@ def load_models(
     for part in (models.text_encoder, models.vae, models.unet):
         part.requires_grad_(False).eval().to(device)
     return models
+
+
+def _check_tokenizer(
+    tokenizer: CLIPTokenizer, text_encoder: CLIPTextModel, name: str | None, max_length: int | None
+) -> None:
+    """Refuse another tokenizer, or another length, that the text encoder cannot read; put the length into force."""
+    rows, places = text_encoder.get_input_embeddings().weight.shape[0], text_encoder.config.max_position_embeddings
+    if name is not None and len(tokenizer) > rows:
+        raise UsageError(f"--tokenizer_name {name}: has {len(tokenizer)} pieces, the text encoder knows {rows}")
+    if max_length is not None:
+        if max_length > places:
+            raise UsageError(f"--tokenizer_max_length {max_length}: the text encoder reads {places} at most")
+        tokenizer.model_max_length = max_length
 
 
 def check_folder(name_or_path: str) -> None:
@@ -308,12 +346,24 @@ def _load_file(models: Models, path: Path, file: Path, scale: float) -> dict[str
         reason = " ".join(str(error).split())[:300]
         raise InputError(f"--adapter {path}: does not load into {models.name} ({reason})") from error
     provenance = json.loads(metadata.get(PROVENANCE_KEY, "{}"))
-    kind = provenance.get("scheduler", {}).get("prediction_type")
-    if None not in (kind, models.adapter_prediction_type) and kind != models.adapter_prediction_type:
-        raise InputError(f"--adapter {path}: predicts {kind}, an adapter before it {models.adapter_prediction_type}")
-    models.adapter_prediction_type = kind or models.adapter_prediction_type
-    _set_prediction_type(models, is_on=any(models.adapter_scales.values()))
+    _keep_noise(models, path, provenance.get("scheduler", {}))
+    _set_scheduler(models, is_on=any(models.adapter_scales.values()))
     return provenance
+
+
+def _keep_noise(models: Models, path: Path, trained: dict[str, Any]) -> None:
+    """Keep the schedule an adapter was trained with, from the scheduler's config in its provenance."""
+    kind, before = trained.get("prediction_type"), models.adapter_noise
+    if kind is None:
+        return
+    try:
+        noise = NoiseConfig(prediction_type=kind, rescale_betas_zero_snr=trained.get("rescale_betas_zero_snr") is True)
+    except ValueError as error:
+        raise InputError(f"--adapter {path}: its scheduler makes no sense ({error})") from error
+    if before is not None and before != noise:
+        told = [f"{one.prediction_type}{', zero-terminal' * one.rescale_betas_zero_snr}" for one in (noise, before)]
+        raise InputError(f"--adapter {path}: predicts {told[0]}, an adapter before it {told[1]}")
+    models.adapter_noise = noise
 
 
 def _load_lora(models: Models, path: Path, file: Path, keys: Sequence[str], scale: float) -> None:
@@ -361,13 +411,13 @@ def set_adapter_scale(models: Models, scale: float) -> None:
     for name in names:
         _scale_one(models, name, scale * models.adapter_scales.get(name, 1.0))
     models.tokenizer = models.tuned_tokenizer if scale else models.base_tokenizer
-    _set_prediction_type(models, is_on=bool(scale))
+    _set_scheduler(models, is_on=bool(scale))
 
 
-def _set_prediction_type(models: Models, *, is_on: bool) -> None:
+def _set_scheduler(models: Models, *, is_on: bool) -> None:
     """Let samplers read the U-Net's output as what it now is: the adapters' training decides, unless they are off."""
-    kind = models.adapter_prediction_type if is_on else None
-    models.scheduler.register_to_config(prediction_type=kind or models.base_prediction_type)
+    noise = models.adapter_noise if is_on else None
+    models.scheduler = trained_scheduler(models.base_scheduler, noise or NoiseConfig())
 
 
 def _scale_one(models: Models, name: str, scale: float) -> None:

@@ -112,6 +112,9 @@ def open_run(
             variant=source.variant,
             cache_dir=source.cache_dir,
             device=run.accelerator.device,
+            unet_revision=source.non_ema_revision,
+            tokenizer_name=source.tokenizer_name,
+            tokenizer_max_length=source.tokenizer_max_length,
         )
         models.scheduler = trained_scheduler(models.scheduler, config.noise)
         schedule = from_scheduler(models.scheduler.config)

@@ -127,18 +127,19 @@ def _start_from(models: Models, parameters: Mapping[str, nn.Parameter], path: Pa
     The trained one must lie on the same layers, with the same rank and strength: otherwise the run would not begin
     where the other ended, or not learn what its settings say.
     """
-    kind = models.scheduler.config.prediction_type
+    before = models.scheduler
     try:
         load_adapter(models, path / LORA_FILE if path.is_dir() else path)
     except InputError as error:
         raise InputError(str(error).replace("--adapter", "--init_adapter", 1)) from None
-    if models.scheduler.config.prediction_type != kind and models.adapter_prediction_type is not None:
-        raise InputError(
-            f"--init_adapter {path}: predicts {models.adapter_prediction_type}, the run {kind}; "
-            "give its --prediction_type"
-        )
-    models.scheduler.register_to_config(prediction_type=kind)
-    models.adapter_prediction_type = None
+    for flag in ("prediction_type", "rescale_betas_zero_snr"):
+        told = {getattr(models.adapter_noise, flag, None), before.config.get(flag, False)}
+        if models.adapter_noise is not None and len(told) > 1:
+            raise InputError(
+                f"--init_adapter {path}: learned with --{flag} {getattr(models.adapter_noise, flag)}, the run has "
+                f"{before.config.get(flag, False)}; give the same"
+            )
+    models.scheduler, models.adapter_noise = before, None
     models.adapter_scales.clear()
     layers = {name: layer for name, layer in _layers(models).items() if len(layer.scaling) > 1}
     wanted = {name for name, layer in _layers(models).items() if ADAPTER in layer.scaling}
