@@ -198,7 +198,8 @@ def _checked(
             if reason := _unfit(image):
                 raise InputError(f"{path}: {reason}")
             rows_first = (image.height, image.width)
-            if image.getexif().get(ExifTags.Base.Orientation) in _ON_THEIR_SIDE:
+            # Not `image.getexif()`: of a PNG it decodes the whole image, in case the tag comes last.
+            if Image.Image.getexif(image).get(ExifTags.Base.Orientation) in _ON_THEIR_SIDE:
                 rows_first = rows_first[::-1]
         return CaptionedImage(
             path=path,
