@@ -11,7 +11,7 @@ WORKERS ?= 2
 PYTEST := HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(PY) -m pytest
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test format slow browser lock tiny-sd clean
+.PHONY: help setup demo methods test format slow browser lock tiny-sd clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 16
@@ -28,6 +28,9 @@ $(VENV)/.installed: pyproject.toml requirements.lock
 
 demo: setup ## volumes to slices to LoRA to a drift report, on the embedded base model: demo/report.html
 	HF_HUB_OFFLINE=1 $(PY) benchmarks/demo.py
+
+methods: setup ## every method on the demo's slices, half an hour: benchmarks/results/methods.json and .png
+	HF_HUB_OFFLINE=1 $(PY) benchmarks/methods.py
 
 test: setup ## format, lint, types and tests, offline
 	$(VENV)/bin/ruff format --check .
