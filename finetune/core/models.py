@@ -128,6 +128,7 @@ def load_models(
     from transformers import CLIPTokenizer
 
     check_folder(name_or_path)
+    variant = variant or _only_variant(Path(name_or_path))
     if unet_revision is not None and Path(name_or_path).is_dir():
         raise UsageError(f"--non_ema_revision {unet_revision}: {name_or_path} is a folder, which has no revisions")
     other: dict[str, Any] = {}
@@ -174,6 +175,12 @@ def load_models(
     for part in (models.text_encoder, models.vae, models.unet):
         part.requires_grad_(False).eval().to(device)
     return models
+
+
+def _only_variant(folder: Path) -> str | None:
+    """Return the variant, such as fp16, of a folder whose U-Net is stored in that one alone; else None."""
+    names = [path.name.split(".") for path in (folder / "unet").glob("*.safetensors")]
+    return names[0][1] if len(names) == 1 and len(names[0]) == 3 else None
 
 
 def _check_tokenizer(
