@@ -2,55 +2,66 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from data_prep.audit import audit, histogram
+from data_prep.config import AXES, SliceConfig
+from data_prep.cut import Found
+from data_prep.drops import Drops
 from data_prep.manifest import SliceRow
 from data_prep.plan import Plan
+from data_prep.split import VALIDATION
 
 
-def entry(
-    plan: Plan, *, digest: str, num_non_finite: int, num_blank: int, num_near_duplicates: Mapping[str, int]
-) -> dict[str, Any]:
+def entry(plan: Plan, found: Found, drops: Drops, config: SliceConfig) -> dict[str, Any]:
     """Return what the manifest says of one volume; nothing in it depends on machine, time or folder.
 
     Args:
         plan: what was cut from it.
-        digest: SHA-256 of its file.
-        num_non_finite: voxels that are NaN or infinite, in the planes that were read.
-        num_blank: pictures that show nothing; they are written all the same.
-        num_near_duplicates: by axis, slices that are like the last one before them that was not.
+        found: what was seen while it was cut.
+        drops: what became of its slices.
+        config: the settings.
     """
-    info, region = plan.volume.info, plan.volume.region
-    split = None
-    if region is not None:
-        split = {
-            "axis": "zyx"[region.axis],
-            "train": list(region.train),
-            "guard": list(region.guard),
-            "validation": list(region.validation),
-            "correlation_length": region.correlation_length,
-        }
+    volume, info = plan.volume, plan.volume.info
+    origin, region = volume.origin, volume.region
+    names = dict(zip(config.roles, AXES, strict=True))
+    audits = audit(found.samples, {axis: numbers for axis, numbers in volume.wanted.items() if numbers})
     return {
-        "name": plan.volume.name,
+        "name": volume.name,
         "file": info.path.name,
-        "sha256": digest,
+        "sha256": found.digest,
         "num_bytes": info.num_bytes,
-        "state": plan.volume.state,
-        "shape": list(info.shape),
+        "state": volume.state,
+        "shape": list(volume.stored_shape),
+        "box": [edge for ends in volume.box for edge in ends],
         "dtype": info.dtype,
         "storage": info.storage,
-        "voxel_um": None if plan.volume.voxel_um is None else list(plan.volume.voxel_um),
-        "window": plan.volume.window.as_dict(),
-        "num_non_finite_voxels": num_non_finite,
-        "split": split,
-        "num_padded_pictures": sum(picture.cut.is_padded for picture in plan.all_pictures),
-        "num_blank_pictures": num_blank,
-        "num_near_duplicate_slices": dict(num_near_duplicates),
+        "voxel_um": None if volume.voxel_um is None else list(volume.voxel_um),
+        "window": volume.window.as_dict(),
+        "histogram": histogram(found.samples, volume.window.window),
+        "num_non_finite_voxels": sum(found.samples.num_non_finite.values()),
+        "split": None if region is None else region.as_dict(origin[region.axis]),
+        "blocks": [block.as_dict(origin[axis]) for axis, block in sorted(volume.blocks.items())],
+        "is_held_out": volume.split == VALIDATION,
+        "audit": {names[axis]: dataclasses.asdict(audits[axis]) for axis in config.roles if axis in audits},
+        "num_padded_pictures": sum(picture.cut.is_padded for picture in drops.kept),
+        "num_blank_pictures": sum(drops.blank.values()),
+        "num_near_duplicate_slices": {name: len(some) for name, some in drops.near_duplicates.items()},
+        "left_out": drops.reasons,
+        "dropped_slices": _dropped_slices(drops),
         "warnings": list(info.warnings),
     }
+
+
+def _dropped_slices(drops: Drops) -> dict[str, list[int]]:
+    """Return, by axis, the slices of which filters left no picture, in stored voxels."""
+    kept = {(picture.row.axis, picture.row.index) for picture in drops.kept}
+    gone = sorted({(picture.row.axis, picture.row.index) for picture in drops.left_out} - kept)
+    return {name: [index for axis, index in gone if axis == name] for name in AXES}
 
 
 def count_pictures(rows: Iterable[SliceRow]) -> Counter[tuple[str, str]]:
@@ -68,11 +79,11 @@ def card(entries: Sequence[Mapping[str, Any]], rows: Mapping[str, Sequence[Slice
     volumes = [["volume", "state", "shape (Z, Y, X)", "type", "voxel (um)", "black", "white", "file"]]
     parts = []
     for one in entries:
-        edges, window, split = one["voxel_um"], one["window"], one["split"]
+        edges, window = one["voxel_um"], one["window"]
         voxel = "unknown" if edges is None else " x ".join(f"{edge:g}" for edge in edges)
         shape, ends = " x ".join(map(str, one["shape"])), [f"{window['low']:g}", f"{window['high']:g}"]
         volumes.append([one["name"], one["state"], shape, one["dtype"], voxel, *ends, one["file"]])
-        if split is not None:
+        for split in [one["split"]] if one["split"] else one["blocks"]:
             ranges = ", ".join(
                 f"{name} {split[name][0]} to {split[name][1]}" for name in ("train", "guard", "validation")
             )
@@ -81,7 +92,11 @@ def card(entries: Sequence[Mapping[str, Any]], rows: Mapping[str, Sequence[Slice
     table = [["state", "axis", *rows]]
     for state, axis in dict.fromkeys(key for some in counts.values() for key in some):
         table.append([state, axis, *(str(counts[split][state, axis]) for split in rows)])
-    rule = "No voxel of `validation` is in `train`, and nothing is written from the guard slab between them."
+    audits = [["volume", "axis", "slices", "correlation length (voxels)", "effective number"]]
+    for one in entries:
+        for axis, found in one["audit"].items():
+            length, number = found["correlation_length"], found["effective_number"]
+            audits.append([one["name"], axis, str(found["num_slices"]), str(length), f"{number:.0f}"])
     return f"""# Slices of tomography volumes
 
 Made by `python -m data_prep.slice`. Every option is in `config.yaml`, every measured value in `manifest.json`.
@@ -97,11 +112,30 @@ voxels.
 
 ## Split
 
-{rule if parts else "None: all pictures are in `train`."}
+{_rule(entries)}
 {"".join(chr(10) + part for part in parts)}
+
+## Neighbours
+
+Slices close to each other are near copies. The effective number is how many independent slices tell as much.
+
+{_table(audits)}
 
 Train on the folder `train` alone: some scripts search a whole folder for pictures and would mix the splits.
 """
+
+
+def _rule(entries: Sequence[Mapping[str, Any]]) -> str:
+    """Say what the split promises."""
+    if any(one["split"] for one in entries):
+        return "No voxel of `validation` is in `train`, and nothing is written from the guard slab between them."
+    if any(one["blocks"] for one in entries):
+        return (
+            "By index, along each axis on its own: slices of one direction share no voxel between `train` and "
+            "`validation`, but **slices of different directions cross and share lines of voxels**."
+        )
+    held_out = ", ".join(re.sub(r"[^\w.-]", "_", str(one["name"])) for one in entries if one["is_held_out"])
+    return f"Whole volumes are held out: {held_out}." if held_out else "None: all pictures are in `train`."
 
 
 def _table(rows: Sequence[Sequence[str]]) -> str:

@@ -1,8 +1,9 @@
-"""Blank slices and near copies of their neighbour: how many there are."""
+"""Blank pictures and near copies of a neighbouring slice: found, counted, and dropped if asked."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,9 +15,29 @@ SAME_ABOVE = 0.995
 _EDGE = 32
 
 
-def is_blank(picture: NDArray[np.uint8]) -> bool:
+@dataclass(frozen=True, kw_only=True)
+class FilterConfig:
+    """Which pictures are left out. What a filter would find is counted and printed in any case."""
+
+    drop_blank: bool = False
+    """Leave out pictures that show nothing."""
+    blank_below: float = BLANK_BELOW_STD
+    """Standard deviation in grey levels below which a picture shows nothing."""
+    dedupe: bool = False
+    """Leave out slices that are near copies of the last one kept of their direction and split."""
+    dedupe_above: float = SAME_ABOVE
+    """Correlation of two slices, 32x32, above which one is a near copy."""
+
+    def __post_init__(self) -> None:
+        if not 0 < self.blank_below < 128:
+            raise ValueError(f"--blank_below {self.blank_below}: must lie between 0 and 128 grey levels")
+        if not 0 < self.dedupe_above <= 1:
+            raise ValueError(f"--dedupe_above {self.dedupe_above}: must be a correlation, above 0 and at most 1")
+
+
+def is_blank(picture: NDArray[np.uint8], below: float = BLANK_BELOW_STD) -> bool:
     """Return whether a picture (rows, columns) is nearly of one grey level, judged from every fourth row and column."""
-    return bool(picture[::4, ::4].std() < BLANK_BELOW_STD)
+    return bool(picture[::4, ::4].std() < below)
 
 
 def thumbnail(picture: NDArray[np.uint8]) -> NDArray[np.float32]:
@@ -32,12 +53,12 @@ def thumbnail(picture: NDArray[np.uint8]) -> NDArray[np.float32]:
     return means / length if length > 0 else means
 
 
-def count_near_duplicates(thumbnails: Sequence[NDArray[np.float32]]) -> int:
-    """Return how many slices, in order, correlate with the last one kept by more than 0.995."""
-    dropped, kept = 0, None
-    for one in thumbnails:
-        if kept is not None and float(kept @ one) > SAME_ABOVE:
-            dropped += 1
+def near_duplicates(thumbnails: Sequence[NDArray[np.float32]], above: float = SAME_ABOVE) -> list[int]:
+    """Return the positions of slices, in order, that correlate with the last one kept by more than ``above``."""
+    found, kept = [], None
+    for position, one in enumerate(thumbnails):
+        if kept is not None and float(kept @ one) > above:
+            found.append(position)
         else:
             kept = one
-    return dropped
+    return found

@@ -4,19 +4,26 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import fcntl
+import glob
 import hashlib
 import json
 import math
+import os
 import shutil
+import socket
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
+from typing import Any, TextIO
 
 from configs.errors import InputError, UsageError
 
 METADATA_NAME = "metadata.jsonl"
 MANIFEST_NAME = "manifest.json"
+_PARTIAL, _LOCK = ".partial-", "lock"
+_SIZES = ("um_per_px", "voxels_per_px")  # columns that are absent where nothing is known or changed
 _LONGEST_NAME = 255  # bytes; of file systems in use
 
 
@@ -35,6 +42,7 @@ class SliceRow:
         width: columns, in px.
         height: rows, in px.
         um_per_px: (row, column) size of a pixel in micrometres; None if unknown, and then absent from the file.
+        voxels_per_px: the same in voxels, if the picture was resampled; None, and absent, if a pixel is a voxel.
     """
 
     file_name: str
@@ -47,14 +55,15 @@ class SliceRow:
     width: int
     height: int
     um_per_px: tuple[float, float] | None = None
+    voxels_per_px: tuple[float, float] | None = None
 
 
 @contextlib.contextmanager
 def publish(folder: Path, *, overwrite: bool = False, mark: str) -> Iterator[Path]:
     """Yield a new folder to write into; rename it to ``folder`` on success, remove it on failure.
 
-    It is made beside ``folder`` under a name that nothing had. With ``overwrite`` the old folder stays in place until
-    the new one is whole.
+    It is made beside ``folder`` under a name that nothing had, and locked while this process lives. With ``overwrite``
+    the old folder stays in place until the new one is whole. What a killed process left there is cleared away first.
 
     Args:
         folder: where the output belongs.
@@ -62,28 +71,63 @@ def publish(folder: Path, *, overwrite: bool = False, mark: str) -> Iterator[Pat
         mark: a file of every output of the calling command; a folder without it is not replaced at all.
 
     Raises:
-        UsageError: as ``check_free``.
+        UsageError: as ``check_free``; or another process is writing to ``folder``.
     """
     check_free(folder, overwrite=overwrite, mark=mark)
     target = folder.resolve()
     target.parent.mkdir(parents=True, exist_ok=True)
-    room = Path(tempfile.mkdtemp(prefix=f"{target.name}.partial-", dir=target.parent))
+    room = Path(tempfile.mkdtemp(prefix=f"{target.name}{_PARTIAL}", dir=target.parent))
     # A folder inside it has the permissions that the user's other folders have.
     partial, old = room / "new", room / "old"
-    try:
-        partial.mkdir()
-        yield partial
-        if target.exists():
-            target.rename(old)
-        partial.rename(target)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        with contextlib.suppress(OSError):  # what was there before is kept, in `room` if it cannot go back
-            if old.exists():
-                old.rename(target)
-            room.rmdir()
-        raise
-    shutil.rmtree(room, ignore_errors=True)
+    with _lock(room):
+        try:
+            _clear_rooms(folder, target, room)
+            partial.mkdir()
+            yield partial
+            if target.exists():
+                target.rename(old)
+            partial.rename(target)
+        except BaseException:
+            shutil.rmtree(partial, ignore_errors=True)
+            with contextlib.suppress(OSError):  # what was there before is kept, in `room` if it cannot go back
+                if old.exists():
+                    old.rename(target)
+                (room / _LOCK).unlink(missing_ok=True)
+                room.rmdir()
+            raise
+        shutil.rmtree(room, ignore_errors=True)
+
+
+def _lock(room: Path) -> TextIO:
+    """Lock a room for this process; the system gives it free when the process ends, however it ends."""
+    # Written elsewhere and renamed, so that a lock is never seen before it is held.
+    stream = (room / f"{_LOCK}.new").open("w", encoding="utf-8")
+    fcntl.flock(stream, fcntl.LOCK_EX)
+    stream.write(f"{os.getpid()} on {socket.gethostname()}\n")
+    stream.flush()
+    (room / f"{_LOCK}.new").rename(room / _LOCK)
+    return stream
+
+
+def _clear_rooms(folder: Path, target: Path, own: Path) -> None:
+    """Remove what killed processes left beside the target, and refuse to work beside a living one."""
+    for room in sorted(target.parent.glob(f"{glob.escape(target.name + _PARTIAL)}*")):
+        if room == own or not (room / _LOCK).is_file():
+            continue
+        try:
+            with (room / _LOCK).open(encoding="utf-8") as stream:
+                fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                if (room / "old").exists() and not target.exists():
+                    (room / "old").rename(target)  # it died between the two renames
+                shutil.rmtree(room, ignore_errors=True)
+        except BlockingIOError:
+            holder = " ".join((room / _LOCK).read_text(encoding="utf-8", errors="replace").split())[:100]
+            raise UsageError(
+                f"--output_dir {folder}: process {holder or 'unknown'} is writing there; wait for it or name another "
+                "folder"
+            ) from None
+        except FileNotFoundError:
+            continue  # it has just ended
 
 
 def check_free(folder: Path, *, overwrite: bool = False, mark: str) -> None:
@@ -116,7 +160,7 @@ def check_writable(path: Path, flag: str) -> None:
     try:
         target = path.resolve()
         existing = next(folder for folder in (target.parent, *target.parents) if folder.exists())
-        with tempfile.TemporaryDirectory(prefix=f"{target.name}.partial-", dir=existing):
+        with tempfile.TemporaryDirectory(prefix=f"{target.name}{_PARTIAL}", dir=existing):
             pass
     # Without `strict` a link to itself is a RuntimeError.
     except (OSError, RuntimeError) as error:
@@ -128,11 +172,12 @@ def write_rows(split_folder: Path, rows: Iterable[SliceRow]) -> None:
     """Write ``metadata.jsonl`` into ``split_folder``, with the same keys in every row.
 
     Raises:
-        ValueError: ``um_per_px`` is known for some rows and unknown for others.
+        ValueError: the size of a pixel is known for some rows and unknown for others.
     """
     rows = list(rows)
-    if len({row.um_per_px is None for row in rows}) > 1:
-        raise ValueError("um_per_px must be given for all rows or for none")
+    for name in _SIZES:
+        if len({getattr(row, name) is None for row in rows}) > 1:
+            raise ValueError(f"{name} must be given for all rows or for none")
     lines = (json.dumps(_without_unknown(row)) + "\n" for row in rows)
     (split_folder / METADATA_NAME).write_text("".join(lines), encoding="utf-8")
 
@@ -140,11 +185,24 @@ def write_rows(split_folder: Path, rows: Iterable[SliceRow]) -> None:
 def _without_unknown(row: SliceRow) -> dict[str, object]:
     """Return the row as a dict, without a pixel size that is not known."""
     record = dataclasses.asdict(row)
-    if row.um_per_px is None:
-        del record["um_per_px"]
-    else:
-        record["um_per_px"] = [float(size) for size in row.um_per_px]
+    for name in _SIZES:
+        if record[name] is None:
+            del record[name]
+        else:
+            record[name] = [float(size) for size in record[name]]
     return record
+
+
+def write_records(split_folder: Path, records: Sequence[Mapping[str, object]]) -> None:
+    """Write ``metadata.jsonl`` into ``split_folder`` from rows that are not of a volume.
+
+    Raises:
+        ValueError: the rows have different keys.
+    """
+    if len({tuple(record) for record in records}) > 1:
+        raise ValueError("all rows must have the same keys in the same order")
+    lines = (json.dumps(record) + "\n" for record in records)
+    (split_folder / METADATA_NAME).write_text("".join(lines), encoding="utf-8")
 
 
 def read_rows(split_folder: Path) -> list[SliceRow]:
@@ -223,19 +281,22 @@ def _row_from(record: Mapping[str, object]) -> SliceRow:
     """Check the types of one record and make a row of it."""
     text = {name: record[name] for name in ("file_name", "text", "volume", "state", "axis")}
     whole = {name: record[name] for name in ("index", "width", "height")}
-    box, um_per_px = record["box"], record.get("um_per_px")
+    box = record["box"]
     if not all(isinstance(value, str) for value in text.values()):
         raise ValueError(f"{', '.join(text)} must be text")
     if not all(_is_whole(value) for value in whole.values()):
         raise ValueError(f"{', '.join(whole)} must be whole numbers")
     if not is_box(box):
         raise ValueError(f"box must be six whole numbers z0, z1, y0, y1, x0, x1, got {box}")
-    if um_per_px is not None and not _is_size(um_per_px):
-        raise ValueError(f"um_per_px must be two positive numbers, row and column, got {um_per_px}")
+    sizes: dict[str, tuple[float, float] | None] = {}
+    for name in _SIZES:
+        size: Any = record.get(name)
+        if size is not None and not _is_size(size):
+            raise ValueError(f"{name} must be two positive numbers, row and column, got {size}")
+        sizes[name] = None if size is None else (float(size[0]), float(size[1]))
     if not is_inside(str(text["file_name"])):
         raise ValueError(f"file_name {text['file_name']!r} leaves its folder")
-    size = None if um_per_px is None else tuple(map(float, um_per_px))  # type: ignore[call-overload]  # checked above
-    return SliceRow(**text, **whole, box=tuple(box), um_per_px=size)  # type: ignore[arg-type]
+    return SliceRow(**text, **whole, box=tuple(box), **sizes)  # type: ignore[arg-type]  # checked above
 
 
 def is_box(value: object) -> bool:

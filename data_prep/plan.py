@@ -12,7 +12,7 @@ import math
 import os
 import re
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,12 +23,13 @@ from numpy.typing import NDArray
 from configs.errors import UsageError
 from data_prep import fit
 from data_prep.config import AXES, SliceConfig
+from data_prep.extent import Box, extent_of, part_of
 from data_prep.fit import Cut
 from data_prep.intensity import WindowEstimate, estimate, sampled_planes
 from data_prep.manifest import SliceRow
 from data_prep.planes import BLOCK, plan_passes
 from data_prep.readers import VolumeInfo, VolumeSource, open_volume
-from data_prep.split import TRAIN, Region, correlation_length, cut_region
+from data_prep.split import TRAIN, VALIDATION, Region, correlation_length, cut_region
 from prompts.captions import caption
 from prompts.vocabulary import Vocabulary
 
@@ -53,8 +54,12 @@ class Volume:
         source: where its planes come from.
         window: its grey levels.
         region: its split; None without one.
-        wanted: stored axis -> slice numbers.
+        wanted: stored axis -> slice numbers, counted within the part that is cut.
         voxel_um: edges of a voxel along (Z, Y, X); None if unknown.
+        box: the part that is cut, in stored voxels.
+        stored_shape: (Z, Y, X) of the whole volume.
+        blocks: split by index: stored axis -> its parts. Like ``region``, within the part that is cut.
+        split: where slices go that neither a region nor a block decides on.
     """
 
     name: str
@@ -65,10 +70,20 @@ class Volume:
     region: Region | None
     wanted: dict[int, list[int]]
     voxel_um: tuple[float, float, float] | None
+    box: Box
+    stored_shape: tuple[int, int, int]
+    blocks: dict[int, Region]
+    split: str
+
+    @property
+    def origin(self) -> tuple[int, int, int]:
+        """Where the part that is cut begins, in stored voxels."""
+        z, y, x = (first for first, _ in self.box)
+        return z, y, x
 
     @property
     def info(self) -> VolumeInfo:
-        """What the reader knows of it."""
+        """What the reader knows of the part that is cut."""
         return self.source.info
 
 
@@ -151,21 +166,32 @@ def survey(config: SliceConfig, words: Vocabulary) -> list[Volume]:
     for source in sources:
         # A file may declare planes of any size: refuse them before memory is taken for one.
         buffer_budget(source.info, config)
+    if unknown := sorted(set(config.validation_volumes) - set(names)):
+        raise UsageError(f"--validation_volumes {' '.join(unknown)}: no such volume; named are {', '.join(names)}")
+    if config.split == "volume" and set(config.validation_volumes) == set(names):
+        raise UsageError("--validation_volumes: all volumes are held out, and none is left to train on")
     volumes = []
-    for (state, _), name, source in zip(pairs, names, sources, strict=True):
-        region_axis = _region_axis(source.info, config)
-        window, correlation = _statistics(source, config, region_axis)
-        region = None
-        if region_axis is not None:
-            region = cut_region(
-                region_axis,
-                source.info.shape[region_axis],
-                tile=config.tile_size if config.fit == "tile" else 0,
+    for (state, _), name, whole in zip(pairs, names, sources, strict=True):
+        box = extent_of(whole, config.extent, name)
+        source = part_of(whole, box)
+        voxel_um = _voxel_um(whole.info, config)
+        cut_axes = _cut_axes(source.info, config)
+        window, correlations = _statistics(source, config, cut_axes)
+        regions = {
+            axis: cut_region(
+                axis,
+                source.info.shape[axis],
+                tile=config.tile_size if config.fit == "tile" and config.split == "region" else 0,
                 fraction=config.validation_fraction,
-                correlation=correlation,
-                guard_voxels=config.guard_voxels,
+                correlation=correlations.get(axis, 1),
+                guard_voxels=_guard_voxels(axis, voxel_um, name, config),
                 name=name,
+                kind=config.split,
             )
+            for axis in cut_axes
+        }
+        region = next(iter(regions.values())) if config.split == "region" else None
+        blocks = regions if config.split == "index" else {}
         volumes.append(
             Volume(
                 name=name,
@@ -174,8 +200,17 @@ def survey(config: SliceConfig, words: Vocabulary) -> list[Volume]:
                 source=source,
                 window=window,
                 region=region,
-                wanted={axis: _wanted(axis, source.info.shape[axis], region, config) for axis in range(3)},
-                voxel_um=_voxel_um(source.info, config),
+                wanted={
+                    axis: _wanted(axis, source.info.shape[axis], region, blocks, config)
+                    if AXES[config.roles.index(axis)] in config.slice_axes
+                    else []
+                    for axis in range(3)
+                },
+                voxel_um=voxel_um,
+                box=box,
+                stored_shape=whole.info.shape,
+                blocks=blocks,
+                split=VALIDATION if name in config.validation_volumes else TRAIN,
             )
         )
     return volumes
@@ -221,45 +256,71 @@ def _voxel_um(info: VolumeInfo, config: SliceConfig) -> tuple[float, float, floa
     return z, y, x
 
 
-def _region_axis(info: VolumeInfo, config: SliceConfig) -> int | None:
-    """Return the longest stored axis in the plane of the material, or None without a split."""
-    in_plane = config.roles[1:]
-    return max(in_plane, key=lambda axis: (info.shape[axis], axis)) if config.split == "region" else None
+def _cut_axes(info: VolumeInfo, config: SliceConfig) -> list[int]:
+    """Return the stored axes that the split cuts: the longest in the plane of the material, or those of the slices."""
+    if config.split == "region":
+        return [max(config.roles[1:], key=lambda axis: (info.shape[axis], axis))]
+    if config.split == "index":
+        return [axis for name, axis in zip(AXES, config.roles, strict=True) if name in config.slice_axes]
+    return []
 
 
-def _statistics(source: VolumeSource, config: SliceConfig, region_axis: int | None) -> tuple[WindowEstimate, int]:
-    """Estimate the window, and the correlation length along an axis if it is asked for, from sampled planes."""
+def _guard_voxels(axis: int, voxel_um: tuple[float, float, float] | None, name: str, config: SliceConfig) -> int | None:
+    """Return the width of the guard if it is given, in voxels."""
+    if config.guard_um is None:
+        return config.guard_voxels
+    if voxel_um is None:
+        raise UsageError(
+            f"--guard_um {config.guard_um:g}: the voxel size of volume '{name}' is unknown; give --voxel_size_um"
+        )
+    return math.ceil(config.guard_um / voxel_um[axis])
+
+
+def _statistics(
+    source: VolumeSource, config: SliceConfig, cut_axes: Sequence[int]
+) -> tuple[WindowEstimate, dict[int, int]]:
+    """Estimate the window, and the correlation length along the axes that are cut, from sampled planes."""
     numbers = sampled_planes(source.info.shape[0])
-    lines: list[NDArray[Any]] = []
+    lines: dict[int, list[NDArray[Any]]] = {}
     every = -(-len(numbers) // _CORRELATION_PLANES)
-    measures = region_axis in (1, 2) and config.guard_voxels is None
+    measured = cut_axes if config.guard_voxels is None and config.guard_um is None else []
 
     def planes() -> Iterator[NDArray[Any]]:
         for count, (_, plane) in enumerate(source.planes(numbers)):
-            if measures and count % every == 0:
-                turned = plane if region_axis == 2 else plane.T
-                lines.append(turned[:: max(1, turned.shape[0] // _CORRELATION_LINES)].copy())
+            for axis in measured:
+                if axis and count % every == 0:
+                    turned = plane if axis == 2 else plane.T
+                    thinned = turned[:: max(1, turned.shape[0] // _CORRELATION_LINES)].copy()
+                    lines.setdefault(axis, []).append(thinned)
             yield plane
 
     window = estimate(
         planes(), percentiles=config.window_percentile, is_inverted=source.info.is_inverted, path=source.info.path
     )
-    if region_axis == 0 and config.guard_voxels is None:
+    if 0 in measured:
         # Along the planes' own axis neighbours are on different planes: all are read once more, thinned.
         step = max(1, source.info.shape[1] * source.info.shape[2] // (_CORRELATION_PLANES * _CORRELATION_LINES))
-        thinned = [plane.ravel()[::step].copy() for _, plane in source.planes(range(source.info.shape[0]))]
-        lines = [np.stack(thinned, axis=1)]
+        points = [plane.ravel()[::step].copy() for _, plane in source.planes(range(source.info.shape[0]))]
+        lines[0] = [np.stack(points, axis=1)]
     # Grey levels rather than counts: a few very bright voxels would outweigh the weave, and NaN would spread.
-    return window, correlation_length([window.window.to_uint8(one) for one in lines]) if lines else 1
+    to_uint8 = window.window.to_uint8
+    return window, {axis: correlation_length([to_uint8(one) for one in some]) for axis, some in lines.items()}
 
 
-def _wanted(axis: int, length: int, region: Region | None, config: SliceConfig) -> list[int]:
+def _wanted(
+    axis: int, length: int, region: Region | None, blocks: Mapping[int, Region], config: SliceConfig
+) -> list[int]:
     """Return the numbers of the slices perpendicular to a stored axis, without those in the guard."""
-    step = max(config.stride, -(-length // config.max_per_axis) if config.max_per_axis else 1)
-    numbers = range(0, length, step)
-    if region is None or axis != region.axis:
+    numbers = range(0, length, slice_step(length, config))
+    cut = region if region is not None and region.axis == axis else blocks.get(axis)
+    if cut is None:
         return list(numbers)
-    return [number for number in numbers if any(first <= number < end for first, end in region.parts.values())]
+    return [number for number in numbers if any(first <= number < end for first, end in cut.parts.values())]
+
+
+def slice_step(length: int, config: SliceConfig) -> int:
+    """Return the distance between slices along an axis."""
+    return max(config.stride, -(-length // config.max_per_axis) if config.max_per_axis else 1)
 
 
 def plan_pictures(
@@ -278,57 +339,113 @@ def plan_pictures(
     """
     planned = {}
     for name, axis in zip(AXES, config.roles, strict=True):
-        text = caption(volume.state, name, words)
         rows_axis, columns_axis = (other for other in config.roles if other != axis)
         for index in volume.wanted[axis]:
+            place = index + volume.origin[axis]
             pictures = planned[axis, index] = list[Picture]()
             for split, extent in _extents(volume, axis, index).items():
-                for cut in _cuts(extent[rows_axis], extent[columns_axis], f"{volume.name} {name}", config):
+                for cut in _cuts(extent[rows_axis], extent[columns_axis], volume, name, config):
                     box = dict(extent) | {rows_axis: cut.rows, columns_axis: cut.columns}
-                    tile = f"-r{cut.rows[0]:04d}-c{cut.columns[0]:04d}" if config.fit == "tile" else ""
-                    edges = volume.voxel_um
+                    # What a reader could not decode is in no picture.
+                    if any(box[0][0] <= z < box[0][1] for z in volume.info.bad_planes):
+                        continue
+                    stored = [edge + volume.origin[of] for of in range(3) for edge in box[of]]
+                    tile = _tile(stored, rows_axis, columns_axis, config)
+                    um_per_px = None
+                    if volume.voxel_um is not None:
+                        scale = cut.voxels_per_px
+                        um_per_px = volume.voxel_um[rows_axis] * scale[0], volume.voxel_um[columns_axis] * scale[1]
                     row = SliceRow(
-                        file_name=f"{volume.stem}-{name}-{index:05d}{tile}.png",
-                        text=text,
+                        file_name=f"{volume.stem}-{name}-{place:05d}{tile}.png",
+                        text=_text(volume, name, place, um_per_px, words, config),
                         volume=volume.name,
                         state=volume.state,
                         axis=name,
-                        index=index,
-                        box=(*box[0], *box[1], *box[2]),
+                        index=place,
+                        box=(stored[0], stored[1], stored[2], stored[3], stored[4], stored[5]),
                         width=cut.width,
                         height=cut.height,
-                        um_per_px=(edges[rows_axis], edges[columns_axis]) if has_size and edges else None,
+                        um_per_px=um_per_px if has_size else None,
+                        voxels_per_px=cut.voxels_per_px if config.fit == "resize" else None,
                     )
                     pictures.append(Picture(split=split, cut=cut, row=row))
     return planned
 
 
+def _tile(stored: Sequence[int], rows_axis: int, columns_axis: int, config: SliceConfig) -> str:
+    """Return what a file name says of a tile: where it begins, in stored voxels."""
+    return f"-r{stored[2 * rows_axis]:04d}-c{stored[2 * columns_axis]:04d}" if config.fit == "tile" else ""
+
+
+def _text(
+    volume: Volume, axis: str, index: int, um_per_px: tuple[float, float] | None, words: Vocabulary, config: SliceConfig
+) -> str:
+    """Return the caption of a slice; ``index`` in stored voxels."""
+    if not words.has_place:
+        return caption(volume.state, axis, words)
+    length = volume.stored_shape[config.roles[AXES.index(axis)]]
+    place: dict[str, object] = {"index": index, "position": round(100 * (index + 0.5) / length), "volume": volume.name}
+    if um_per_px is not None:
+        sizes = dict.fromkeys(f"{size:.4g}" for size in um_per_px)
+        place["um_per_px"] = "x".join(sizes)
+    return caption(volume.state, axis, words, place=place)
+
+
 def _extents(volume: Volume, axis: int, index: int) -> dict[str, dict[int, tuple[int, int]]]:
     """Return, by split, what a slice may show: stored axis -> (first, end)."""
     whole = {other: (0, length) for other, length in enumerate(volume.info.shape)} | {axis: (index, index + 1)}
-    if volume.region is None:
-        return {TRAIN: whole}
-    cut = volume.region.axis
-    if cut != axis:
-        return {split: whole | {cut: part} for split, part in volume.region.parts.items()}
-    return {split: whole for split, (first, end) in volume.region.parts.items() if first <= index < end}
+    cut = volume.region or volume.blocks.get(axis)
+    if cut is None:
+        return {volume.split: whole}
+    if cut.axis != axis:
+        return {split: whole | {cut.axis: part} for split, part in cut.parts.items()}
+    return {split: whole for split, (first, end) in cut.parts.items() if first <= index < end}
 
 
-def _cuts(rows: tuple[int, int], columns: tuple[int, int], what: str, config: SliceConfig) -> list[Cut]:
+def _cuts(rows: tuple[int, int], columns: tuple[int, int], volume: Volume, axis: str, config: SliceConfig) -> list[Cut]:
     """Divide the rectangle a slice may show into pictures."""
-    height, width = rows[1] - rows[0], columns[1] - columns[0]
-    if config.fit == "native":
-        if height * width > _LARGEST_PICTURE:
+    height, width, what = rows[1] - rows[0], columns[1] - columns[0], f"{volume.name} {axis}"
+    if config.fit == "tile":
+        if config.tile_size > max(height, width):
             raise UsageError(
-                f"--fit native: {what} slices of {height}x{width} are too large for loaders; use --fit tile"
+                f"--tile_size {config.tile_size}: {what} slices are {height} rows x {width} columns and smaller both "
+                f"ways; allowed up to {max(height, width) // 8 * 8}"
             )
-        return fit.native(rows, columns)
-    if config.tile_size > max(height, width):
+        return fit.tiles(rows, columns, size=config.tile_size, overlap=config.tile_overlap)
+    if config.fit == "native":
+        cuts = fit.native(rows, columns)
+    elif config.fit == "pad":
+        cuts = fit.padded(rows, columns, multiple=config.pad_multiple)
+    else:
+        cuts = fit.resized(rows, columns, voxels_per_px=_voxels_per_px(volume, axis, config))
+    for cut in cuts:
+        if cut.height * cut.width > _LARGEST_PICTURE:
+            raise UsageError(
+                f"--fit {config.fit}: {what} pictures of {cut.height}x{cut.width} are too large for loaders; "
+                "use --fit tile"
+            )
+        if min(cut.height, cut.width) < 8 <= min(height, width):
+            raise UsageError(
+                f"--fit {config.fit}: {what} slices of {height}x{width} would become {cut.height}x{cut.width} px; "
+                "choose smaller pixels"
+            )
+    return cuts
+
+
+def _voxels_per_px(volume: Volume, axis: str, config: SliceConfig) -> tuple[float, float]:
+    """Return the (row, column) size of a resized pixel in voxels."""
+    sizes = config.resize_voxels_per_px or config.resize_um_per_px or (1.0,)
+    size = sizes[AXES.index(axis) if len(sizes) == 3 else 0]
+    if config.resize_um_per_px is None:
+        return size, size
+    if volume.voxel_um is None:
         raise UsageError(
-            f"--tile_size {config.tile_size}: {what} slices are {height} rows x {width} columns and smaller both ways; "
-            f"allowed up to {max(height, width) // 8 * 8}"
+            f"--resize_um_per_px: the voxel size of volume '{volume.name}' is unknown; give --voxel_size_um, or "
+            "--resize_voxels_per_px"
         )
-    return fit.tiles(rows, columns, size=config.tile_size, overlap=config.tile_overlap)
+    across = config.roles[AXES.index(axis)]
+    rows_axis, columns_axis = (other for other in config.roles if other != across)
+    return size / volume.voxel_um[rows_axis], size / volume.voxel_um[columns_axis]
 
 
 def buffer_budget(info: VolumeInfo, config: SliceConfig) -> int:
@@ -341,6 +458,7 @@ def buffer_budget(info: VolumeInfo, config: SliceConfig) -> int:
         total = min(4 * _GB, os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 4)
     else:
         total = int(config.memory_gb * _GB)
+    total //= config.processes
     z, y, x = info.shape
     one_slice = max(z * y, z * x)
     # Slices that wait for an encoder are padded and filtered there; they keep the block they were gathered in.
@@ -361,6 +479,6 @@ def queue_length(config: SliceConfig) -> int:
 
 
 def num_workers(config: SliceConfig) -> int:
-    """Return how many threads encode."""
+    """Return how many threads of a process encode."""
     # More than these wait for the planes to be read.
-    return config.workers or min(16, len(os.sched_getaffinity(0)))
+    return max(1, (config.workers or min(16, len(os.sched_getaffinity(0)))) // config.processes)

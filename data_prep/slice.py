@@ -7,66 +7,75 @@ The settings are in ``config.py``, what they mean for each volume in ``plan.py``
 
 from __future__ import annotations
 
+import dataclasses
 import shlex
 import shutil
 import sys
-import threading
-from collections import Counter, deque
-from collections.abc import Iterable, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
-from tqdm import tqdm
-
-from configs.errors import TisserandError
+from configs.errors import TisserandError, UsageError
 from configs.load import as_dict, command, save
-from data_prep import manifest, png
+from data_prep import manifest
 from data_prep.card import card, count_pictures, entry
-from data_prep.config import AXES, SliceConfig
-from data_prep.filters import count_near_duplicates, is_blank, thumbnail
+from data_prep.config import SliceConfig
+from data_prep.cut import Found, joined, tasks_of
+from data_prep.drops import drops_of, total
 from data_prep.manifest import SliceRow
-from data_prep.plan import Picture, Plan, make_plans, num_workers, queue_length
-from data_prep.planes import scan
+from data_prep.plan import Plan, make_plans, num_workers
 from data_prep.split import TRAIN
+from data_prep.spread import Cluster, cut_here, cut_in_processes
 from data_prep.verify import verify
 from prompts.vocabulary import DEFAULT, Vocabulary, read_vocabulary
 
 # Where things lie and how fast they are made is no property of the data.
-_LOCAL_OPTIONS = {"volumes", "output_dir", "overwrite", "vocabulary", "memory_gb", "workers", "dry_run"}
+_LOCAL_OPTIONS = {
+    "volumes", "output_dir", "overwrite", "vocabulary", "memory_gb", "workers", "processes", "scheduler", "dry_run",
+    "caption_tokenizer",
+}  # fmt: skip
 _GB = 10**9
-
-# What encoding a slice showed: blank pictures cut from it, and the slice in small.
-_Seen = tuple[int, NDArray[np.float32]]
+_LISTED_CAPTIONS = 20
 
 
 def main(config: SliceConfig) -> None:
     """Plan, cut, verify and publish."""
     manifest.check_free(config.output_dir, overwrite=config.overwrite, mark=manifest.MANIFEST_NAME)
-    words = read_vocabulary(config.vocabulary) if config.vocabulary else DEFAULT
-    plans = make_plans(config, words)
-    for warning in _warnings(plans, config):
-        print(f"warning: {warning}", file=sys.stderr)
-    print(_plan_text(plans))
+    words = _words(config)
     if config.dry_run:
+        _show(make_plans(config, words), config)
         print(f"dry run: nothing was written to {config.output_dir}")
         return
-    _check_disk(config.output_dir, plans)
-    with manifest.publish(config.output_dir, overwrite=config.overwrite, mark=manifest.MANIFEST_NAME) as folder:
+    with ExitStack() as stack:
+        # The folder is taken first: a second run into it has to learn so before it works for an hour.
+        folder = stack.enter_context(
+            manifest.publish(config.output_dir, overwrite=config.overwrite, mark=manifest.MANIFEST_NAME)
+        )
+        cluster = stack.enter_context(Cluster(config.scheduler)) if config.scheduler else None
+        plans = make_plans(config, words)
+        _show(plans, config)
+        _check_disk(config.output_dir, plans)
+        for split in {picture.split for plan in plans for picture in plan.all_pictures}:
+            (folder / split).mkdir()
+        found = _cut(plans, folder, config, cluster)
+        drops = [drops_of(plan, one, config) for plan, one in zip(plans, found, strict=True)]
+        for picture in (picture for one in drops for picture in one.left_out):
+            (folder / picture.split / picture.row.file_name).unlink()
         rows: dict[str, list[SliceRow]] = {}
-        for picture in (picture for plan in plans for picture in plan.all_pictures):
+        for picture in sorted((p for one in drops for p in one.kept), key=lambda picture: picture.split != TRAIN):
             rows.setdefault(picture.split, []).append(picture.row)
         for split, some in rows.items():
-            (folder / split).mkdir()
             manifest.write_rows(folder / split, some)
-        entries = [_cut(plan, folder, config) for plan in plans]
+        entries = [entry(*parts, config) for parts in zip(plans, found, drops, strict=True)]
         _write_papers(folder, entries, rows, config, words)
         verdict = verify(folder, decode=False)
         if verdict.problems:
             raise TisserandError(f"the written folder failed its own check: {verdict.problems[0]}")
     print(_counts_text(entries, rows))
+    left_out = ", ".join(f"{reason} {count}" for reason, count in total(drops).items())
+    print(f"left out: {left_out or 'nothing'}")
     print(f"{config.output_dir}: {sum(map(len, rows.values()))} pictures written and verified. Next:\n")
     print(
         "  accelerate launch finetune/lora.py --pretrained_model_name_or_path assets/tiny-sd "
@@ -74,62 +83,67 @@ def main(config: SliceConfig) -> None:
     )
 
 
-def _cut(plan: Plan, folder: Path, config: SliceConfig) -> dict[str, Any]:
-    """Write the pictures of one volume and return its entry of the manifest."""
-    volume, num_non_finite = plan.volume, dict[int, int]()
+def _words(config: SliceConfig) -> Vocabulary:
+    """Return the words of the captions: the file's, with what was typed."""
+    words = read_vocabulary(config.vocabulary) if config.vocabulary else DEFAULT
+    typed = {"identifier": config.identifier, "template": config.caption_template}
+    words = dataclasses.replace(words, **{name: value for name, value in typed.items() if value is not None})
+    if config.identifier and "{identifier}" not in words.template:
+        raise UsageError(
+            f"--identifier {config.identifier}: the caption {words.template!r} has no field {{identifier}} for it"
+        )
+    return words
 
-    def to_uint8(z: int, plane: NDArray[Any]) -> NDArray[np.uint8]:
-        if plane.dtype.kind == "f":
-            num_non_finite[z] = plane.size - int(np.count_nonzero(np.isfinite(plane)))
-        return volume.window.window.to_uint8(plane)
 
-    seen: dict[tuple[int, int], _Seen] = {}
-    waiting: deque[tuple[tuple[int, int], Future[_Seen]]] = deque()
-    progress = tqdm(total=len(plan.pictures), desc=f"slicing {volume.name}", unit="slice", disable=None)
-    stop = threading.Event()
-
-    def collect(limit: int) -> None:
-        while len(waiting) > limit:
-            key, job = waiting.popleft()
-            seen[key] = job.result()
-            progress.update()
-
-    with progress, ThreadPoolExecutor(num_workers(config)) as pool:
-        digest = pool.submit(manifest.sha256_of, volume.info.path)
-        try:
-            for axis, index, stored in scan(volume.source, to_uint8, volume.wanted, plan.budget):
-                rows_axis, columns_axis = (other for other in config.roles if other != axis)
-                picture = stored if rows_axis < columns_axis else stored.T
-                job = pool.submit(_encode, picture, plan.pictures[axis, index], folder, stop)
-                waiting.append(((axis, index), job))
-                collect(queue_length(config))
-            collect(0)
-        except BaseException:
-            stop.set()
-            raise
-    by_axis = {
-        name: [seen[axis, index][1] for index in volume.wanted[axis]]
-        for name, axis in zip(AXES, config.roles, strict=True)
-    }
-    return entry(
-        plan,
-        digest=digest.result(),
-        num_non_finite=sum(num_non_finite.values()),
-        num_blank=sum(num_blank for num_blank, _ in seen.values()),
-        num_near_duplicates={name: count_near_duplicates(thumbnails) for name, thumbnails in by_axis.items()},
+def _cut(plans: Sequence[Plan], folder: Path, config: SliceConfig, cluster: Cluster | None) -> list[Found]:
+    """Write all pictures, in shares of the work."""
+    num_parts = cluster.num_workers if cluster else config.processes
+    tasks = tasks_of(
+        plans,
+        # Another machine has its own current folder.
+        folder.resolve(),
+        roles=config.roles,
+        num_parts=num_parts,
+        num_threads=num_workers(config),
+        blank_below=config.filters.blank_below,
     )
+    if cluster:
+        found = cluster.cut(tasks)
+    elif config.processes > 1:
+        found = cut_in_processes(tasks, config.processes)
+    else:
+        found = cut_here(tasks)
+    whole = joined(found)
+    return [whole[number] for number in range(len(plans))]
 
 
-def _encode(whole: NDArray[np.uint8], pictures: Iterable[Picture], folder: Path, stop: threading.Event) -> _Seen:
-    """Write the pictures of one slice."""
-    num_blank = 0
-    for picture in pictures:
-        if stop.is_set():
-            break
-        pixels = picture.cut.apply(whole)
-        (folder / picture.split / picture.row.file_name).write_bytes(png.encode(pixels))
-        num_blank += is_blank(pixels)
-    return num_blank, thumbnail(whole)
+def _show(plans: Sequence[Plan], config: SliceConfig) -> None:
+    """Print warnings, the plan, and how long the captions are."""
+    for warning in _warnings(plans, config):
+        print(f"warning: {warning}", file=sys.stderr)
+    print(_plan_text(plans))
+    if config.caption_tokenizer is not None:
+        _show_tokens(plans, config.caption_tokenizer)
+
+
+def _show_tokens(plans: Sequence[Plan], model: str) -> None:
+    """Print the pieces of every caption, or of the longest ones if each slice has its own."""
+    from prompts.tokens import load_tokenizer, split, table
+
+    tokenizer = load_tokenizer(model)
+    captions = dict.fromkeys(picture.row.text for plan in plans for picture in plan.all_pictures)
+    splits = [split(tokenizer, text) for text in captions]
+    splits.sort(key=lambda one: -len(one.pieces))
+    print(table(splits[:_LISTED_CAPTIONS]))
+    if len(splits) > _LISTED_CAPTIONS:
+        print(f"... and {len(splits) - _LISTED_CAPTIONS} captions that are not longer")
+    cut_off = sum(bool(one.cut_off) for one in splits)
+    if cut_off:
+        print(
+            f"warning: {cut_off} of {len(splits)} captions are longer than the {splits[0].limit} pieces that the text "
+            "encoder reads; their ends are lost",
+            file=sys.stderr,
+        )
 
 
 def _write_papers(
@@ -148,7 +162,7 @@ def _write_papers(
             "kind": "slices",
             "volumes": entries,
             "options": {name: value for name, value in as_dict(config).items() if name not in _LOCAL_OPTIONS},
-            "vocabulary": {"prefix": words.prefix, "states": words.states, "axes": words.axes},
+            "vocabulary": dataclasses.asdict(words),
             "counts": {split: {f"{s} {a}": n for (s, a), n in some.items()} for split, some in counts.items()},
         },
     )
@@ -188,11 +202,15 @@ def _plan_text(plans: Sequence[Plan]) -> str:
             f"{info.storage}; window {estimate.window.low:g} to {estimate.window.high:g}, {clipped:.2%} clipped; "
             f"passes {plan.num_passes}; {', '.join(f'{split} {count}' for split, count in splits.items())}"
         )
-        if region is not None:
+        if info.shape != plan.volume.stored_shape:
+            ranges = ", ".join(f"{letter} {a} to {b}" for letter, (a, b) in zip("zyx", plan.volume.box, strict=True))
+            lines.append(f"  of {'x'.join(map(str, plan.volume.stored_shape))}, cut {ranges}")
+        for one in [region] if region is not None else plan.volume.blocks.values():
+            at = plan.volume.origin[one.axis]
             lines.append(
-                f"  cut along {'zyx'[region.axis]}: train {region.train[0]} to {region.train[1]}, "
-                f"guard of {region.guard[1] - region.guard[0]}, "
-                f"held out {region.validation[0]} to {region.validation[1]}"
+                f"  cut along {'zyx'[one.axis]}: train {one.train[0] + at} to {one.train[1] + at}, "
+                f"guard of {one.guard[1] - one.guard[0]}, "
+                f"held out {one.validation[0] + at} to {one.validation[1] + at}"
             )
     num_pictures = sum(len(plan.all_pictures) for plan in plans)
     return "\n".join([*lines, f"{num_pictures} pictures, {_num_bytes(plans) / _GB:.2f} GB before compression"])
@@ -205,9 +223,16 @@ def _counts_text(entries: Sequence[Mapping[str, Any]], rows: Mapping[str, Sequen
     for state, axis in dict.fromkeys(key for some in counts.values() for key in some):
         numbers = "  ".join(f"{split} {counts[split][state, axis]:5d}" for split in rows)
         lines.append(f"  {state:<14} {axis:<10} {numbers}")
+    lines.append("how many of the slices are independent (N / (1 + 2 sum of their correlations)):")
+    for one in entries:
+        for axis, found in one["audit"].items():
+            lines.append(
+                f"  {one['name']:<14} {axis:<10} {found['effective_number']:6.0f} of {found['num_slices']:5d}; "
+                f"correlation length {found['correlation_length']} voxels"
+            )
     num_blank = sum(one["num_blank_pictures"] for one in entries)
     num_same = sum(sum(one["num_near_duplicate_slices"].values()) for one in entries)
-    lines.append(f"nothing was dropped: {num_blank} blank pictures and {num_same} slices like their neighbour are kept")
+    lines.append(f"the filters find {num_blank} blank pictures and {num_same} slices like their neighbour")
     return "\n".join(lines)
 
 
@@ -229,6 +254,11 @@ def _warnings(plans: Sequence[Plan], config: SliceConfig) -> list[str]:
         ]
         if volume.window.non_finite > 0:
             found.append(f"{volume.name}: {volume.window.non_finite:.1%} of the voxels are not finite and become black")
+    if config.split == "index":
+        found.append(
+            "--split index: slices of different directions cross, so held-out slices share lines of voxels with those "
+            "for training; --split region has no such leak"
+        )
     unknown = [plan.volume.name for plan in plans if plan.volume.voxel_um is None]
     if 0 < len(unknown) < len(plans):
         found.append(f"no voxel size is known for {', '.join(unknown)}; um_per_px is left out of all rows")

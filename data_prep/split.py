@@ -7,6 +7,7 @@ therefore needs a part of the volume of its own, with a guard slab between, from
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -49,8 +50,14 @@ class Region:
         """The ranges that pictures are cut from, by split."""
         return {TRAIN: self.train, VALIDATION: self.validation}
 
+    def as_dict(self, origin: int) -> dict[str, object]:
+        """Return plain values for a manifest, in stored voxels: ``origin`` is where the cut part begins."""
+        ranges = {"train": self.train, "guard": self.guard, "validation": self.validation}
+        shifted = {name: [first + origin, end + origin] for name, (first, end) in ranges.items()}
+        return {"axis": "zyx"[self.axis], **shifted, "correlation_length": self.correlation_length}
 
-def correlation_length(planes: list[NDArray[Any]]) -> int:
+
+def correlation_length(planes: Sequence[NDArray[Any]]) -> int:
     """Return the lag at which fluctuations along the last axis have lost their correlation, in voxels.
 
     It is the first lag at which the autocorrelation has fallen to 1/e of its value at lag one; measured from lag one,
@@ -64,6 +71,18 @@ def correlation_length(planes: list[NDArray[Any]]) -> int:
     Returns:
         At least 1, at most half the axis.
     """
+    return length_of(autocorrelation(planes))
+
+
+def autocorrelation(planes: Sequence[NDArray[Any]]) -> NDArray[np.float64]:
+    """Return the correlation of fluctuations along the last axis by lag, as ``correlation_length`` measures it.
+
+    Args:
+        planes: sampled planes (lines, positions), finite.
+
+    Returns:
+        1 at lags 0 and 1, up to half the axis; nothing beyond lag 0 where there is noise alone.
+    """
     length = planes[0].shape[1]
     total = np.zeros(length)
     for plane in planes:
@@ -74,13 +93,27 @@ def correlation_length(planes: list[NDArray[Any]]) -> int:
         total += np.fft.irfft((np.abs(spectrum) ** 2).sum(axis=0))[:length]
     correlation = total[: length // 2 + 1] / (length - np.arange(length // 2 + 1))
     if correlation[0] <= 0 or len(correlation) < 2 or correlation[1] <= _NOISE * correlation[0]:
-        return 1
-    below = np.flatnonzero(correlation < correlation[1] / math.e)
-    return int(below[0]) if below.size else max(1, length // 2)
+        return np.array([1.0] + [0.0] * (length // 2))
+    correlation[0] = correlation[1]
+    return correlation / correlation[1]
+
+
+def length_of(correlation: NDArray[np.float64]) -> int:
+    """Return the lag at which a correlation has fallen to 1/e, at least 1; the last one if it never does."""
+    below = np.flatnonzero(correlation < 1 / math.e)
+    return max(1, int(below[0]) if below.size else len(correlation) - 1)
 
 
 def cut_region(
-    axis: int, length: int, *, tile: int, fraction: float, correlation: int, guard_voxels: int | None, name: str
+    axis: int,
+    length: int,
+    *,
+    tile: int,
+    fraction: float,
+    correlation: int,
+    guard_voxels: int | None,
+    name: str,
+    kind: str = "region",
 ) -> Region:
     """Divide an axis into training, guard and held-out part.
 
@@ -92,6 +125,7 @@ def cut_region(
         correlation: correlation length along the axis, in voxels.
         guard_voxels: width of the guard; None for the larger of 3 correlation lengths and 2 %.
         name: the volume, for messages.
+        kind: of split, for messages.
 
     Raises:
         UsageError: less would be left to train on than is held out, or less than a tile.
@@ -101,10 +135,10 @@ def cut_region(
     held_out = max(math.ceil(fraction * length), tile + math.ceil(MARGIN * tile), 1)
     left = length - guard - held_out
     if left < max(held_out, tile, 1):
-        why = "given by --guard_voxels" if guard_voxels is not None else f"3 correlation lengths of {correlation}"
+        why = "given by hand" if guard_voxels is not None else f"3 correlation lengths of {correlation}"
         tiles = f" (one tile of {tile} and a margin, at least {fraction:.0%})" if tile else f" ({fraction:.0%})"
         raise UsageError(
-            f"--split region: volume '{name}' is {length} voxels long; {held_out} held out{tiles} and a guard of "
+            f"--split {kind}: volume '{name}' is {length} voxels long; {held_out} held out{tiles} and a guard of "
             f"{guard} ({why}) leave {max(left, 0)} to train on, fewer than are held out; "
             "choose a smaller --tile_size or --guard_voxels, or --split none"
         )

@@ -129,8 +129,9 @@ def pretended(shape: tuple[int, int, int]) -> Volume:
     )  # fmt: skip
     wanted = {axis: list(range(size)) for axis, size in enumerate(shape)}
     return Volume(
-        name="dry", state="dry", stem="dry", source=Source(), window=window, region=None, wanted=wanted, voxel_um=None
-    )
+        name="dry", state="dry", stem="dry", source=Source(), window=window, region=None, wanted=wanted, voxel_um=None,
+        box=((0, shape[0]), (0, shape[1]), (0, shape[2])), stored_shape=shape, blocks={}, split="train",
+    )  # fmt: skip
 
 
 def test_nan_becomes_black_stays_out_of_the_window_and_is_counted(tmp_path: Path) -> None:
@@ -462,7 +463,8 @@ def test_a_plane_that_turns_out_corrupt_leaves_nothing_behind(tmp_path: Path) ->
 
 
 def test_the_command_ends_with_the_next_command_or_one_line_and_its_code(scan: Path) -> None:
-    tifffile.imwrite(scan / "rgb.tif", np.zeros((5, 20, 24, 3), np.uint8), photometric="rgb")
+    colours = np.random.default_rng(0).integers(0, 256, (5, 20, 24, 3), dtype=np.uint8)
+    tifffile.imwrite(scan / "rgb.tif", colours, photometric="rgb")
     command = [sys.executable, "-m", "data_prep.slice", "--output_dir", str(scan / "out"), "--split", "none"]
     bad = subprocess.run([*command, "--volumes", f"dry={scan}/rgb.tif"], capture_output=True, text=True, check=False)
     assert (bad.returncode, bad.stdout) == (3, "")
