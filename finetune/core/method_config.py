@@ -149,6 +149,21 @@ class PriorConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class SentenceConfig:
+    """The sentences a new word is learned in; the templates of --learnable_property if neither is given."""
+
+    instance_prompt: str | None = None
+    """Caption of all images, with the new word in it, such as "A <dry-slice> of a carbon composite material". Ours."""
+    caption_column: str | None = None
+    """Key of metadata.jsonl that holds captions with the new word in them; `text` reads .txt files, too. Ours."""
+
+    def __post_init__(self) -> None:
+        """Refuse two sources of captions."""
+        if self.instance_prompt is not None and self.caption_column is not None:
+            raise refuse("caption_column", self.caption_column, "leave it out, or --instance_prompt")
+
+
+@dataclass(frozen=True, kw_only=True)
 class TokenConfig:
     """New words for the text encoder, and how they are learned (Gal et al. 2022, arXiv:2208.01618)."""
 

@@ -5,16 +5,19 @@ Shapes: prompts B, token places L, rows of a new word N, embedding width D.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from configs.errors import UsageError
-from finetune.core.method_config import TokenConfig
+from finetune.core.images import CaptionedImage, raise_together, read_folder
+from finetune.core.method_config import SentenceConfig, TokenConfig
 from finetune.core.models import Models
-from finetune.core.trainable import Group, Learns
+from finetune.core.trainable import Group, Learns, always
+from prompts.templates import fill
 
 ROWS = "token_rows"
 """Name of the rows among what learns, in checkpoints."""
@@ -67,10 +70,9 @@ class NewWord:
         """The rows as they stand, (N, D) float32, on the CPU."""
         return self.embedding.rows.detach().float().cpu()
 
-    def learns(self, learning_rate: float, share: Callable[[int], float] | None = None) -> Learns:
+    def learns(self, learning_rate: float, share: Callable[[int], float] = always) -> Learns:
         """Return the rows as what learns; ``share`` as in ``Group``."""
-        parameters = {ROWS: self.embedding.rows}
-        return Learns((Group(parameters, learning_rate, **({} if share is None else {"share": share})),))
+        return Learns((Group({ROWS: self.embedding.rows}, learning_rate, share),))
 
 
 def add_word(models: Models, config: TokenConfig) -> NewWord:
@@ -117,12 +119,35 @@ def _initial_rows(models: Models, config: TokenConfig) -> Tensor:
     return table[torch.tensor(turns, device=table.device)]
 
 
-def check_prompts(prompts: list[str], word: str, flag: str) -> None:
-    """Refuse prompts to learn a word from that do not hold it: they would give its rows no gradient.
+def word_images(
+    folders: Sequence[Path], flag: str, tokens: TokenConfig, sentences: SentenceConfig
+) -> list[CaptionedImage]:
+    """Read the images of a new word, each with the sentences that it comes with.
 
     Raises:
-        UsageError: naming the first of them.
+        InputError: as ``images.read_folder``, or a caption does not hold the word: it would give its rows no gradient.
     """
-    for prompt in prompts:
-        if word not in prompt:
-            raise UsageError(f"{flag} '{prompt}': does not hold {word}, so nothing would be learned from it")
+    word, captions = tokens.placeholder_token, fill(tokens.learnable_property, tokens.placeholder_token)
+    if sentences.instance_prompt is not None:
+        captions = (sentences.instance_prompt,)
+    if sentences.caption_column is not None:
+        captions = ()
+    column = sentences.caption_column or "text"
+    images = [one for folder in folders for one in read_folder(folder, flag, captions=captions, caption_column=column)]
+    without = {text: image for image in reversed(images) for text in image.captions if word not in text}
+    if sentences.instance_prompt is not None and without:
+        raise UsageError(f"--instance_prompt '{sentences.instance_prompt}': must hold {word}, to learn anything of it")
+    raise_together(
+        [f"{image.where}: the caption '{text}' does not hold {word}" for text, image in without.items()][::-1]
+    )
+    return images
+
+
+def into_table(models: Models, word: NewWord) -> None:
+    """Make the rows a part of the table, so that the model can be saved whole; they do not learn any more."""
+    encoder, first = models.text_encoder, word.embedding.first
+    encoder.set_input_embeddings(word.embedding.table)
+    size = max(first + len(word.pieces), word.embedding.table.num_embeddings)
+    table = encoder.resize_token_embeddings(size, mean_resizing=False).weight
+    table.data[first : first + len(word.pieces)] = word.embedding.rows.detach().to(table.dtype)
+    encoder.requires_grad_(False)

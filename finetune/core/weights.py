@@ -12,8 +12,9 @@ import torch
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from finetune.core.models import LORA_FILE, PROVENANCE_KEY, Models, as_pipeline
+from finetune.core.models import EMBEDDINGS_FILE, LORA_FILE, PROVENANCE_KEY, Models, as_pipeline
 from finetune.core.run import PROVENANCE
+from finetune.core.tokens import NewWord
 from finetune.core.trainable import ADAPTER
 
 PIPELINE_FILE = "model_index.json"
@@ -69,10 +70,27 @@ def save_lora(folder: Path, models: Models, provenance: dict[str, Any]) -> Path:
         LORA_ADAPTER_METADATA_KEY: json.dumps(configs, sort_keys=True),
         PROVENANCE_KEY: json.dumps(provenance, sort_keys=True),
     }
-    partial = folder / f"{LORA_FILE}.{os.getpid()}.partial"
-    partial.write_bytes(_with_sorted_header(save(tensors, metadata=metadata)))
     _write_provenance(folder, provenance)
-    return partial.replace(folder / LORA_FILE)
+    return write_tensors(folder / LORA_FILE, tensors, metadata)
+
+
+def save_embeddings(folder: Path, word: NewWord, provenance: dict[str, Any], name: str = EMBEDDINGS_FILE) -> Path:
+    """Write the rows of a new word, for ``pipeline.load_textual_inversion(folder)``; other programs read it as it is.
+
+    Returns:
+        the path of the file; it appears when it is whole.
+    """
+    if name == EMBEDDINGS_FILE:
+        _write_provenance(folder, provenance)
+    metadata = {"format": "pt", PROVENANCE_KEY: json.dumps(provenance, sort_keys=True)}
+    return write_tensors(folder / name, {word.placeholder: word.rows.contiguous()}, metadata)
+
+
+def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> Path:
+    """Write a safetensors file; equal content gives equal bytes, and the file appears when it is whole."""
+    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
+    partial.write_bytes(_with_sorted_header(save(tensors, metadata=metadata)))
+    return partial.replace(path)
 
 
 def _write_provenance(folder: Path, provenance: dict[str, Any]) -> None:

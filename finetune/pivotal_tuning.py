@@ -1,0 +1,200 @@
+"""Pivotal tuning: first learn a new word in the frozen model, then adapters around it.
+
+    accelerate launch finetune/pivotal_tuning.py --pretrained_model_name_or_path assets/tiny-sd \
+        --instance_data_dir data/few --placeholder_token "<dry-slice>" --initializer_token woven \
+        --output_dir runs/pivotal
+
+Learns  the rows of the new word for --token_steps updates; then adapters, while the rows rest or go on slowly.
+Batch   images with templates around the word, or with captions that hold it; prior rows beside the adapters if asked.
+Saves   learned_embeds.safetensors and pytorch_lora_weights.safetensors.
+
+The idea is Roich et al. 2021, arXiv:2106.05744: find the place of a subject in the model first, then tune the
+model there.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from configs.load import command
+from finetune.core.config import (
+    HubConfig,
+    ModelConfig,
+    NoiseConfig,
+    ObjectiveConfig,
+    PictureConfig,
+    PreviewConfig,
+    RefusedConfig,
+    TrainConfig,
+    need_not_negative,
+    need_positive,
+    refuse,
+)
+from finetune.core.method_config import EmaConfig, LoraConfig, SentenceConfig, TokenConfig
+
+if TYPE_CHECKING:
+    from finetune.core.open import Opened
+
+
+@dataclass(frozen=True, kw_only=True)
+class PivotConfig:
+    """When the word is done and the adapters begin."""
+
+    token_steps: int | None = None
+    """Steps in which the rows of the word learn alone; half of all if absent. The adapters learn after them."""
+    token_lr: float | None = None
+    """Learning rate of the rows; learning_rate if absent."""
+    token_lr_after: float = 0.0
+    """Their learning rate beside the adapters; 0: they rest."""
+
+    def __post_init__(self) -> None:
+        """Check ranges."""
+        need_positive(token_steps=self.token_steps, token_lr=self.token_lr)
+        need_not_negative(token_lr_after=self.token_lr_after)
+
+    def steps_alone(self, total: int) -> int:
+        """Return the updates before the pivot.
+
+        Raises:
+            ValueError: the adapters would never learn.
+        """
+        steps = self.token_steps or total // 2
+        if not 0 < steps < total:
+            raise refuse("token_steps", steps, f"must be above 0 and below the {total} steps of the whole run")
+        return steps
+
+
+@dataclass(frozen=True, kw_only=True)
+class PivotalTuningRun:
+    """Settings of a pivotal tuning run."""
+
+    model: ModelConfig
+    instance_data_dir: Path
+    """Folder with images of the subject."""
+    tokens: TokenConfig
+    train: TrainConfig
+    pivot: PivotConfig = field(default_factory=PivotConfig)
+    sentences: SentenceConfig = field(default_factory=SentenceConfig)
+    pictures: PictureConfig = field(default_factory=PictureConfig)
+    lora: LoraConfig = field(default_factory=LoraConfig)
+    noise: NoiseConfig = field(default_factory=NoiseConfig)
+    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+    ema: EmaConfig = field(default_factory=EmaConfig)
+    previews: PreviewConfig = field(default_factory=PreviewConfig)
+    hub: HubConfig = field(default_factory=HubConfig)
+    refused: RefusedConfig = field(default_factory=RefusedConfig)
+
+    def __post_init__(self) -> None:
+        """Refuse what does not fit two files."""
+        if self.tokens.save_as_full_pipeline:
+            raise refuse("save_as_full_pipeline", True, "use finetune/export.py --to pipeline on the finished run")
+
+
+def main(config: PivotalTuningRun) -> None:
+    """Train the rows, then the adapters, and save both."""
+    from configs.errors import UsageError
+    from finetune.core.images import data_provenance
+    from finetune.core.models import EMBEDDINGS_FILE, LORA_FILE
+    from finetune.core.open import open_run
+    from finetune.core.tokens import word_images
+
+    folders = (config.instance_data_dir,)
+    images = word_images(folders, "--instance_data_dir", config.tokens, config.sentences)
+    shown = images * config.tokens.repeats
+    # In steps, and written down: a run that goes on for longer must not move its pivot.
+    try:
+        alone = config.pivot.steps_alone(config.train.total_steps(len(shown), int(os.environ.get("WORLD_SIZE", "1"))))
+    except ValueError as error:
+        raise UsageError(str(error)) from None
+    config = dataclasses.replace(config, pivot=dataclasses.replace(config.pivot, token_steps=alone))
+    copies = tuple(path.name for path in config.train.output_dir.glob("learned_embeds-steps-*.safetensors"))
+    with open_run(
+        config,
+        shown,
+        data_provenance(images, folders),
+        weights_file=LORA_FILE,
+        more_files=(EMBEDDINGS_FILE, *copies),
+    ) as opened:
+        train_word_and_adapters(opened, config, alone)
+
+
+def train_word_and_adapters(opened: Opened, config: PivotalTuningRun, alone: int) -> None:
+    """Train in a run that was opened, on images that passed the checks; the adapters begin after ``alone`` updates."""
+    from functools import partial
+
+    from finetune.core.averages import Averages
+    from finetune.core.batches import captioned_batches
+    from finetune.core.loop import train
+    from finetune.core.models import Denoiser
+    from finetune.core.objective import denoising_loss
+    from finetune.core.optimizer import base_learning_rate
+    from finetune.core.previews import Previews
+    from finetune.core.tokens import add_word
+    from finetune.core.trainable import Group, Learns, lora_adapters
+    from finetune.core.weights import save_embeddings, save_lora
+
+    run, models, schedule, images = opened.run, opened.models, opened.schedule, opened.images
+    rate = base_learning_rate(config.train, run.accelerator.num_processes)
+    token_rate = rate * (config.pivot.token_lr or config.train.learning_rate) / config.train.learning_rate
+    after = config.pivot.token_lr_after / (config.pivot.token_lr or config.train.learning_rate)
+    models.unet.to(run.weight_dtype)
+    adapters = lora_adapters(models, config.lora, learning_rate=rate, seed=run.seed)
+    word = add_word(models, config.tokens)  # after them: peft freezes what it finds
+    rows = word.learns(token_rate, partial(_before, alone, after)).groups
+    learns = Learns(
+        (*rows, *(Group(one.parameters, one.learning_rate, partial(_after, alone)) for one in adapters.groups))
+    )
+    batches = captioned_batches(
+        images, models, config.pictures, config.noise, run, num_timesteps=schedule.num_timesteps, learns_text=True
+    )
+    averages = Averages(learns, config.ema)
+    if config.train.gradient_checkpointing:
+        models.unet.enable_gradient_checkpointing()
+    loss = partial(denoising_loss, schedule=schedule, snr_gamma=config.objective.snr_gamma)
+    previews = Previews(models, config.previews, run, size=batches.size, steps_per_epoch=batches.steps_per_epoch)
+    provenance = opened.provenance("pivotal_tuning", height=batches.size, width=batches.size)
+    run.say(
+        f"pivotal tuning: {len(word.pieces)} rows learn {word.placeholder} for {alone} steps, then "
+        f"{adapters.num_weights:,} weights of adapters up to step {run.total_steps}, from "
+        f"{len(images) // config.tokens.repeats} images, seed {run.seed}"
+    )
+
+    if run.checkpoint is None:
+        previews.show(0)
+    denoiser = Denoiser(models.text_encoder, models.unet)
+    for step in train(run, denoiser, learns, batches, loss, config.train, averages):
+        averages.update()
+        run.log(step)
+        with averages.in_place():
+            previews.show(step.number)
+            if run.is_main and step.number % config.tokens.save_steps == 0:
+                name = f"learned_embeds-steps-{step.number}.safetensors"
+                save_embeddings(run.folder, word, provenance | {"steps": step.number}, name)
+
+    if run.is_main:
+        with averages.in_place():
+            save_embeddings(run.folder, word, provenance)
+            save_lora(run.folder, models, provenance)
+        run.say(f"saved both files in {run.folder}; next:")
+    run.say(
+        f"  python -m eval.generate --pretrained_model_name_or_path {models.name} --adapter {run.folder} "
+        f'--prompts "{images[0].caption}" --num_images 4 --seed 0 --output_dir {run.folder}-slices'
+    )
+
+
+def _before(alone: int, after: float, done: int) -> float:
+    """Return the share of their learning rate that the rows have after ``done`` updates."""
+    return 1.0 if done < alone else after
+
+
+def _after(alone: int, done: int) -> float:
+    """Return the share of their learning rate that the adapters have after ``done`` updates."""
+    return 0.0 if done < alone else 1.0
+
+
+if __name__ == "__main__":
+    command(PivotalTuningRun, main)

@@ -1,0 +1,145 @@
+"""Learn a new word from a few images: its rows of the token embedding, and nothing else.
+
+    accelerate launch finetune/textual_inversion.py --pretrained_model_name_or_path assets/tiny-sd \
+        --train_data_dir data/few --placeholder_token "<dry-slice>" --initializer_token woven --output_dir runs/word
+
+Learns  the rows of the new word.
+Batch   images with templates around the word, or with captions that hold it.
+Saves   learned_embeds.safetensors, for diffusers' load_textual_inversion().
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from configs.load import command
+from finetune.core.config import (
+    HubConfig,
+    ModelConfig,
+    NoiseConfig,
+    ObjectiveConfig,
+    PictureConfig,
+    PreviewConfig,
+    RefusedConfig,
+    TrainConfig,
+)
+from finetune.core.method_config import EmaConfig, SentenceConfig, TokenConfig
+
+if TYPE_CHECKING:
+    from finetune.core.open import Opened
+
+
+@dataclass(frozen=True, kw_only=True)
+class NoPriorConfig:
+    """What has no place here."""
+
+    with_prior_preservation: bool = False
+    """Refused: a prompt without the new word gives its rows no gradient."""
+
+    def __post_init__(self) -> None:
+        """Say why."""
+        if self.with_prior_preservation:
+            raise ValueError(
+                "--with_prior_preservation: a class prompt does not hold the new word: its rows get no gradient from "
+                "it, and nothing else learns here that could be forgotten"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextualInversionRun:
+    """Settings of a Textual Inversion run."""
+
+    model: ModelConfig
+    train_data_dir: tuple[Path, ...]
+    """Folder with images of what the word shall mean; or several folders."""
+    tokens: TokenConfig
+    train: TrainConfig
+    sentences: SentenceConfig = field(default_factory=SentenceConfig)
+    pictures: PictureConfig = field(default_factory=PictureConfig)
+    noise: NoiseConfig = field(default_factory=NoiseConfig)
+    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+    ema: EmaConfig = field(default_factory=EmaConfig)
+    previews: PreviewConfig = field(default_factory=PreviewConfig)
+    hub: HubConfig = field(default_factory=HubConfig)
+    prior: NoPriorConfig = field(default_factory=NoPriorConfig)
+    refused: RefusedConfig = field(default_factory=RefusedConfig)
+
+
+def main(config: TextualInversionRun) -> None:
+    """Train the rows and save them."""
+    from finetune.core.images import data_provenance
+    from finetune.core.models import EMBEDDINGS_FILE
+    from finetune.core.open import open_run
+    from finetune.core.tokens import word_images
+    from finetune.core.weights import PIPELINE_FILE, PIPELINE_PARTS
+
+    images = word_images(config.train_data_dir, "--train_data_dir", config.tokens, config.sentences)
+    data = data_provenance(images, config.train_data_dir)
+    copies = tuple(path.name for path in config.train.output_dir.glob("learned_embeds-steps-*.safetensors"))
+    more_files = (*copies, *((PIPELINE_FILE, *PIPELINE_PARTS) if config.tokens.save_as_full_pipeline else ()))
+    with open_run(
+        config, images * config.tokens.repeats, data, weights_file=EMBEDDINGS_FILE, more_files=more_files
+    ) as opened:
+        train_word(opened, config)
+
+
+def train_word(opened: Opened, config: TextualInversionRun) -> None:
+    """Train in a run that was opened, on images that passed the checks."""
+    from functools import partial
+
+    from finetune.core.averages import Averages
+    from finetune.core.batches import captioned_batches
+    from finetune.core.loop import train
+    from finetune.core.models import Denoiser
+    from finetune.core.objective import denoising_loss
+    from finetune.core.optimizer import base_learning_rate
+    from finetune.core.previews import Previews
+    from finetune.core.tokens import add_word, into_table
+    from finetune.core.weights import save_embeddings, save_pipeline
+
+    run, models, schedule, images = opened.run, opened.models, opened.schedule, opened.images
+    word = add_word(models, config.tokens)
+    batches = captioned_batches(
+        images, models, config.pictures, config.noise, run, num_timesteps=schedule.num_timesteps, learns_text=True
+    )
+    models.unet.to(run.weight_dtype)
+    learns = word.learns(base_learning_rate(config.train, run.accelerator.num_processes))
+    averages = Averages(learns, config.ema)
+    if config.train.gradient_checkpointing:
+        models.unet.enable_gradient_checkpointing()
+    loss = partial(denoising_loss, schedule=schedule, snr_gamma=config.objective.snr_gamma)
+    previews = Previews(models, config.previews, run, size=batches.size, steps_per_epoch=batches.steps_per_epoch)
+    provenance = opened.provenance("textual_inversion", height=batches.size, width=batches.size)
+    run.say(
+        f"Textual Inversion: {len(word.pieces)} rows of {word.rows.shape[1]} numbers learn {word.placeholder} from "
+        f"{len(images) // config.tokens.repeats} images in {run.total_steps} steps, seed {run.seed}"
+    )
+
+    if run.checkpoint is None:
+        previews.show(0)
+    denoiser = Denoiser(models.text_encoder, models.unet)
+    for step in train(run, denoiser, learns, batches, loss, config.train, averages):
+        averages.update()
+        run.log(step)
+        with averages.in_place():
+            previews.show(step.number)
+            if run.is_main and step.number % config.tokens.save_steps == 0:
+                name = f"learned_embeds-steps-{step.number}.safetensors"
+                save_embeddings(run.folder, word, provenance | {"steps": step.number}, name)
+
+    if run.is_main:
+        with averages.in_place():
+            if config.tokens.save_as_full_pipeline:
+                into_table(models, word)
+                save_pipeline(run.folder, models, provenance)
+            run.say(f"saved {save_embeddings(run.folder, word, provenance)}; next:")
+    run.say(
+        f"  python -m eval.generate --pretrained_model_name_or_path {models.name} --adapter {run.folder} "
+        f'--prompts "{images[0].caption}" --num_images 4 --seed 0 --output_dir {run.folder}-slices'
+    )
+
+
+if __name__ == "__main__":
+    command(TextualInversionRun, main)
