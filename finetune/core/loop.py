@@ -14,7 +14,7 @@ from accelerate.utils import gather_object
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from configs.errors import TisserandError
+from configs.errors import TisserandError, UsageError
 from configs.load import Terminated
 from finetune.core import checkpoints
 from finetune.core.batches import Batches, Update
@@ -95,6 +95,8 @@ def train(
         means = averages.tensors if averages else None
         state = checkpoints.read(run.checkpoint, parameters=parameters, optimizer=bare_optimizer, averages=means)
         done, elapsed_s = int(state["step"]), float(state["elapsed_s"])
+        if changed := [name for name, value in state["inputs"].items() if run.inputs.get(name) != value]:
+            raise UsageError(f"--{changed[0]}: differs from what {run.checkpoint} began with; --overwrite starts anew")
         if averages:
             averages.restore(done)
         _restore(window, state, accelerator)
@@ -141,7 +143,11 @@ def train(
             yield Step(number=number, total=run.total_steps, loss=value, metrics=metrics)
             if due or (stop and not last):
                 _check_finite(window, batches, accelerator)
-                state = {"elapsed_s": time.perf_counter() - begun_s, **_keep(window, accelerator)}
+                state = {
+                    "elapsed_s": time.perf_counter() - begun_s,
+                    "inputs": run.inputs,
+                    **_keep(window, accelerator),
+                }
                 if run.is_main:
                     checkpoints.write(
                         run.folder,

@@ -5,16 +5,21 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
 from configs.errors import UsageError
 from finetune.core.config import ModelConfig, NoiseConfig, TrainConfig
 from finetune.core.images import CaptionedImage, data_hash
+from finetune.core.method_config import PriorConfig
 from finetune.core.models import Models, check_folder, load_models, model_hash
 from finetune.core.noise import NoiseSchedule, from_scheduler, trained_scheduler
+from finetune.core.prior import check_prior
 from finetune.core.run import Run, start_run
+
+if TYPE_CHECKING:
+    from diffusers import SchedulerMixin
 
 
 class Recipe(Protocol):
@@ -39,7 +44,8 @@ class Opened:
 
     Attributes:
         models: as loaded: float32, frozen, on the training device; the scheduler is the one that is trained.
-        schedule: on the training device.
+        base_scheduler: as loaded; what the base model itself is sampled with.
+        schedule: what is trained, on the training device.
         images: that passed the checks.
         data: what the weights file says about them.
         base: what the weights file says about the base model: its name as typed, and its hash.
@@ -47,6 +53,7 @@ class Opened:
 
     run: Run
     models: Models
+    base_scheduler: SchedulerMixin
     schedule: NoiseSchedule
     images: list[CaptionedImage]
     data: dict[str, object]
@@ -79,6 +86,7 @@ def open_run(
     *,
     weights_file: str,
     more_files: tuple[str, ...] = (),
+    prior: PriorConfig | None = None,
 ) -> Iterator[Opened]:
     """Check the base model, start or continue the run, load the model; for a ``with`` block.
 
@@ -88,15 +96,19 @@ def open_run(
         data: what the weights file says about them, from ``batches.data_provenance``.
         weights_file: what the finished run leaves; written last, so that it says that the run is finished.
         more_files: what else it leaves, files or folders; all go with ``--overwrite``.
+        prior: what is to be preserved, checked before the run starts.
 
     Raises:
         UsageError: no such model, or a run that cannot be started or continued.
+        InputError: class images that belong to another base model or prompt.
     """
     source, base_hash = config.model, None
     name = source.pretrained_model_name_or_path
     check_folder(name)
     with suppress(UsageError):  # a model of the hub that is not downloaded yet
         base_hash = model_hash(name, revision=source.revision, cache_dir=source.cache_dir)
+    if prior is not None:
+        check_prior(prior, base_hash)
     with start_run(
         config,
         config.train,
@@ -116,12 +128,14 @@ def open_run(
             tokenizer_name=source.tokenizer_name,
             tokenizer_max_length=source.tokenizer_max_length,
         )
-        models.scheduler = trained_scheduler(models.scheduler, config.noise)
+        base_scheduler = models.scheduler
+        models.scheduler = trained_scheduler(base_scheduler, config.noise)
         schedule = from_scheduler(models.scheduler.config)
         base_hash = base_hash or model_hash(name, revision=source.revision, cache_dir=source.cache_dir)
         yield Opened(
             run=run,
             models=models,
+            base_scheduler=base_scheduler,
             schedule=schedule.to(run.accelerator.device),
             images=images,
             data=data,

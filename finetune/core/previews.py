@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import KW_ONLY, dataclass
 
 from configs.errors import TisserandError
+from finetune.core.averages import Averages
 from finetune.core.config import PreviewConfig
 from finetune.core.models import Models
 from finetune.core.run import Run
@@ -20,6 +22,7 @@ class Previews:
         run: for its folder, its trackers and its autocast.
         size: side of the pictures, px.
         steps_per_epoch: for an interval in epochs.
+        averages: shown in the place of what learns, where they are kept.
     """
 
     models: Models
@@ -28,6 +31,7 @@ class Previews:
     _: KW_ONLY
     size: int
     steps_per_epoch: int
+    averages: Averages | None = None
 
     def show(self, step: int) -> None:
         """Render and keep the pictures, if they are due after this step; training's own draws are not touched.
@@ -43,7 +47,8 @@ class Previews:
 
         prompts, count = self.config.validation_prompt, self.config.num_validation_images
         requests = [(prompt, seed) for prompt in prompts for seed in range(count)]
-        with self.run.accelerator.autocast():
+        averaged = self.averages.in_place() if self.averages else nullcontext()
+        with averaged, self.run.accelerator.autocast():
             latents = sample_latents(self.models, requests, SamplingConfig(height=self.size, width=self.size))
         try:
             pictures = decode(self.models, latents, requests)  # in float32: half precision overflows in this VAE

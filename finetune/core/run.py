@@ -15,7 +15,7 @@ import shutil
 import subprocess
 import sys
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
@@ -60,6 +60,7 @@ class Run:
         total_steps: optimizer updates of the whole run.
         config_hash: SHA-256 over the settings that can change what is learned.
         checkpoint: to continue from, or None.
+        inputs: hashes of what is read after the start, by option; a checkpoint goes on with the same ones alone.
     """
 
     folder: Path
@@ -70,6 +71,7 @@ class Run:
     config_hash: str
     checkpoint: Path | None
     lock: TextIO | None
+    inputs: dict[str, str] = field(default_factory=dict)
 
     @property
     def is_main(self) -> bool:
