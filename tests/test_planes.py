@@ -57,7 +57,22 @@ KINDS: dict[str, tuple[str, Callable[[Path, NDArray[Any]], None]]] = {
     "lzw": ("u2", whole(compression="lzw")),
     "zstd": ("f4", whole(compression="zstd")),
     "tiles": ("u2", whole(tile=(16, 16))),
+    "three-dimensional tiles": ("u2", whole(tile=(16, 16, 16))),
+    "LZW with predictor": ("u2", whole(compression="lzw", predictor=True)),
+    "big-endian deflate with predictor": (">u2", whole(byteorder=">", compression="deflate", predictor=True)),
+    "float predictor": ("f4", whole(compression="zstd", predictor=3)),
+    "OME": ("u2", whole(ome=True, metadata={"axes": "ZYX"})),
+    "pyramid": ("u2", lambda path, volume: pyramid(path, volume)),
+    "MinIsWhite": ("u2", lambda path, volume: tifffile.imwrite(path, volume, photometric="miniswhite")),
+    "strips of seven rows": ("u2", whole(rowsperstrip=7)),
 }
+
+
+def pyramid(path: Path, volume: NDArray[Any]) -> None:
+    """Full planes, each with one smaller copy below it."""
+    with tifffile.TiffWriter(path, bigtiff=True) as file:
+        file.write(volume, subifds=1, photometric="minisblack", tile=(16, 16), metadata={"axes": "ZYX"})
+        file.write(volume[:, ::2, ::2], subfiletype=1, photometric="minisblack", tile=(16, 16))
 
 
 def _big_pages(path: Path, volume: NDArray[Any]) -> None:

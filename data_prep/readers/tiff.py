@@ -1,269 +1,481 @@
-"""TIFF volumes: contiguous, one directory per page, compressed, tiled, BigTIFF; 8 to 64 bit integers and floats.
+"""TIFF volumes: one block or one directory per page, compressed, tiled, BigTIFF, ImageJ, OME; real numbers of any type.
 
-tifffile reports a truncated file as a shorter, valid volume and only logs what it met. Here every such record, every
-count that does not match and every strip that ends beyond the file is an error, before a voxel is read.
+tifffile reports a truncated file as a shorter, valid volume and only logs what it met; it takes the type of every page
+from the first one, and joins what the metadata says without asking whether the pages agree. Here every directory is
+read, and every record in the log, every count that does not match, every strip that is too short, too long, shared or
+beyond the end of the file is an error, before a voxel is read.
 """
 
 from __future__ import annotations
 
-import contextlib
-import logging
+import dataclasses
 import math
-import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import tifffile
 from numpy.typing import NDArray
 
 from configs.errors import InputError
-from data_prep.readers import VolumeInfo
+from data_prep.readers import ReadConfig, VolumeInfo, without
+from data_prep.readers.places import Place, one_line, open_place, read_into, size_of
+from data_prep.readers.tiff_metadata import Axes, axes_of, voxel_um_of
+from data_prep.readers.tiff_pages import Page, check_apart, check_values, log_records, native, read_pages, tiff_of
 
-# Factor to micrometres by the spellings that microscopes, scanners and ImageJ write.
-_UNITS_UM = {"nm": 1e-3, "um": 1.0, "micron": 1.0, "microns": 1.0, "micrometer": 1.0, "\u00b5m": 1.0, "\u03bcm": 1.0}
-_UNITS_UM |= {"\\u00b5m": 1.0, "mm": 1e3, "millimeter": 1e3, "cm": 1e4, "m": 1e6}
 # How far an edge may differ from another before a picture would look stretched.
 _ISOTROPIC_WITHIN = 0.01
+# Planes whose colours are compared before a volume of grey colour pictures is believed.
+_COLOUR_SAMPLES = 16
+# Memory for planes that share three-dimensional tiles.
+_SLAB_BYTES = 256_000_000
 
 
 @dataclass(frozen=True, kw_only=True)
 class TiffVolume:
-    """A TIFF volume whose structure was checked; ``offset`` is where its voxels start if they lie in one block."""
+    """A TIFF volume whose structure was checked.
+
+    Attributes:
+        info: what is known of it.
+        stored_dtype: type of a voxel with its byte order.
+        starts: first byte of each plane, where each is one run of bytes; None if planes are decoded.
+        pages: (directory, level) that each plane is decoded from.
+        channels: samples of a voxel that all hold the same value; 1 for grey pages.
+        is_split: one page holds all planes: in samples, in three-dimensional tiles, or as columns.
+    """
 
     info: VolumeInfo
     stored_dtype: np.dtype[Any]
-    offset: int | None
+    starts: NDArray[np.int64] | None
+    pages: tuple[tuple[int, int], ...] = ()
+    channels: int = 1
+    is_split: bool = False
 
     def planes(self, indices: Sequence[int]) -> Iterator[tuple[int, NDArray[Any]]]:
         """Yield (z, plane of shape (Y, X) in native byte order), in the order asked for, each read once."""
-        return self._read_pages(indices) if self.offset is None else self._read_block(indices, self.offset)
+        if self.starts is not None:
+            return self._read_runs(indices, self.starts)
+        return self._read_split(indices) if self.is_split else self._read_pages(indices)
 
-    def _read_block(self, indices: Sequence[int], offset: int) -> Iterator[tuple[int, NDArray[Any]]]:
+    def _read_runs(self, indices: Sequence[int], starts: NDArray[np.int64]) -> Iterator[tuple[int, NDArray[Any]]]:
         """Read plane-sized runs of bytes; no memory map, so resident memory stays flat."""
-        _, rows, columns = self.info.shape
-        count = rows * columns
-        with self.info.path.open("rb") as file:
+        with open_place(self.info.path) as file:
             for z in indices:
-                file.seek(offset + z * count * self.stored_dtype.itemsize)
-                plane = np.fromfile(file, self.stored_dtype, count)
-                if plane.size != count:
+                plane = np.empty(self.info.shape[1:], self.stored_dtype)
+                if read_into(file, int(starts[z]), plane) < plane.nbytes:
                     raise InputError(f"{self.info.path}: plane {z} ends early; did the file change while it was read?")
-                yield z, _native(plane.reshape(rows, columns))
+                yield z, native(plane)
 
     def _read_pages(self, indices: Sequence[int]) -> Iterator[tuple[int, NDArray[Any]]]:
         """Decode page by page."""
-        path = self.info.path
-        with _records() as records, tifffile.TiffFile(path) as tif:
-            pages = _volume_pages(path, tif)
+        bad = set(self.info.bad_planes)
+        with log_records() as records, open_place(self.info.path) as file, tiff_of(self.info.path, file) as tif:
             for z in indices:
-                try:
-                    plane = pages[z].asarray(maxworkers=1)
-                # Each codec raises errors of its own kind; whichever it is, the plane is lost.
-                except Exception as error:
-                    raise InputError(f"{path}: plane {z} cannot be decoded ({_one_line(error)})") from error
-                if records or plane.shape != self.info.shape[1:]:
-                    raise InputError(f"{path}: plane {z} is damaged ({' '.join(records) or plane.shape})")
-                yield z, _native(plane)
+                if z in bad:
+                    yield z, np.zeros(self.info.shape[1:], self.info.dtype)
+                    continue
+                yield z, self._decoded(tif, z, records)
+
+    def _decoded(self, tif: tifffile.TiffFile, z: int, records: list[str]) -> NDArray[Any]:
+        """Return one plane, of one channel if all are equal."""
+        path, (number, level) = self.info.path, self.pages[z]
+        try:
+            page = tif.pages[number]
+            plane = (page if level == 0 else page.pages[level - 1]).asarray(maxworkers=1)
+        # Each codec raises errors of its own kind; whichever it is, the plane is lost.
+        except Exception as error:
+            raise InputError(
+                f"{path}: plane {z} cannot be decoded ({one_line(error)}); --skip_bad_planes drops the slices it is in"
+            ) from error
+        if self.channels > 1:
+            channel = plane.shape.index(self.channels) if plane.ndim == 3 else 0
+            colours = np.moveaxis(plane, channel, 0)[:3]
+            if not all(np.array_equal(colours[0], other) for other in colours[1:]):
+                raise InputError(f"{path}: plane {z} is coloured (red, green and blue differ); save the volume as grey")
+            plane = colours[0]
+        if records or plane.shape != self.info.shape[1:]:
+            raise InputError(f"{path}: plane {z} is damaged ({' '.join(records) or plane.shape})")
+        return native(plane)
+
+    def _read_split(self, indices: Sequence[int]) -> Iterator[tuple[int, NDArray[Any]]]:
+        """Read planes that lie in one page, as many at a time as one layer of its tiles holds."""
+        path, (number, _) = self.info.path, self.pages[0]
+        first, slab = -1, np.empty((0, *self.info.shape[1:]), self.info.dtype)
+        with log_records() as records, open_place(path) as file, tiff_of(path, file) as tif:
+            page = tif.pages[number]
+            for z in indices:
+                if not first <= z < first + len(slab) or first < 0:
+                    try:
+                        first, slab = _layer(page, z, self.info.shape)
+                    except Exception as error:
+                        raise InputError(f"{path}: plane {z} cannot be decoded ({one_line(error)})") from error
+                    if records:
+                        raise InputError(f"{path}: plane {z} is damaged ({records[0]})")
+                yield z, native(slab[z - first])
 
 
-def open_tiff(path: Path) -> TiffVolume:
+def _layer(page: Any, z: int, shape: tuple[int, int, int]) -> tuple[int, NDArray[Any]]:
+    """Decode the layer of three-dimensional tiles that plane ``z`` lies in; return its first plane and its planes."""
+    if page.imagedepth == 1:
+        return 0, page.asarray(maxworkers=1).reshape(shape)
+    depth, rows, columns = (page.tiledepth, page.tilelength, page.tilewidth)
+    per_layer = -(-shape[1] // rows) * -(-shape[2] // columns)
+    number = z // depth
+    layer = np.zeros((min(depth, shape[0] - number * depth), *shape[1:]), page.dtype)
+    for index in range(number * per_layer, (number + 1) * per_layer):
+        file = page.parent.filehandle
+        file.seek(page.dataoffsets[index])
+        tile, (_, _, y, x, _), _ = page.decode(file.read(page.databytecounts[index]), index)
+        part = tile[: layer.shape[0], : shape[1] - y, : shape[2] - x, 0]
+        layer[: part.shape[0], y : y + part.shape[1], x : x + part.shape[2]] = part
+    return number * depth, layer
+
+
+def open_tiff(path: Place, config: ReadConfig) -> TiffVolume:
     """Open a TIFF volume after checking that all of it is there.
 
     Raises:
-        InputError: the file is truncated or damaged, holds colour pictures, one picture, pages of several sizes, more
-            than three dimensions, or values that are not real numbers.
+        InputError: the file is truncated or damaged, holds colour pictures, one picture, several stacks or more than
+            three dimensions without a choice among them, or values that are not real numbers.
     """
-    num_bytes = path.stat().st_size
-    with _records() as records:
+    num_bytes = size_of(path)
+    with log_records() as records:
         try:
-            with tifffile.TiffFile(path) as tif:
-                volume = _describe(path, tif, num_bytes)
-        except InputError:
+            with open_place(path) as file, tiff_of(path, file) as tif:
+                found = read_pages(path, tif, file, num_bytes, is_partial=config.allow_truncated)
+                volume = _describe(path, tif, found.pages, num_bytes, config, lost=found.lost)
+        except InputError as error:
             # What looks like one picture or two volumes may be what a cut left over: then the record says more.
-            if not records:
+            if not records or "truncated" in str(error):
                 raise
+            raise InputError(_damaged(path, records)) from error
         # A damaged header surfaces as whatever the parser stumbled over.
         except Exception as error:
-            raise InputError(f"{path}: is not a readable TIFF file ({_one_line(error)})") from error
-    if records:
-        raise InputError(f"{path}: is truncated or damaged ({_one_line(records[0])}); copy it again from its source")
-    return volume
+            raise InputError(f"{path}: is not a readable TIFF file ({one_line(error)})") from error
+    if records and not config.allow_truncated:
+        raise InputError(_damaged(path, records))
+    return _without_bad_planes(volume) if config.skip_bad_planes and volume.starts is None else volume
 
 
-def _describe(path: Path, tif: tifffile.TiffFile, num_bytes: int) -> TiffVolume:
-    """Check the structure of an open file and say what is in it."""
-    pages = _volume_pages(path, tif)
-    series, first = tif.series[0], pages[0]
-    if first.photometric is None or first.dtype is None:
-        raise InputError(f"{path}: the first page lacks its type; the file is damaged")
-    dtype = np.dtype(tif.byteorder + first.dtype.str[1:])
-    if dtype.kind not in "buif":
-        raise InputError(f"{path}: values of type {dtype.name} are not grey levels; save real numbers")
-    is_block = len(tif.series) == 1 and series.dataoffset is not None and first.is_final
-    shape = (_num_planes(tif, pages), first.imagelength, first.imagewidth)
-    if is_block:
-        needed = int(series.dataoffset) + math.prod(shape) * dtype.itemsize
-        if needed > num_bytes:
-            raise InputError(f"{path}: is truncated: {needed} bytes are declared and {num_bytes} are there")
+def _damaged(path: Place, records: Sequence[str]) -> str:
+    return f"{path}: is truncated or damaged ({one_line(records[0])}); copy it again from its source"
+
+
+class _Stack(NamedTuple):
+    """The pages that are the planes of a volume; ``count`` planes follow one another from a single page if 1 page."""
+
+    pages: list[Page]
+    count: int
+    warnings: tuple[str, ...]
+    label: str
+    start_plane: int = 0  # first plane and distance between planes within a block that one directory heads
+    step: int = 1
+
+
+def _describe(
+    path: Place, tif: tifffile.TiffFile, pages: list[Page], num_bytes: int, config: ReadConfig, *, lost: str | None
+) -> TiffVolume:
+    """Check that the pages are one volume and say what is in it."""
+    if lost is not None:
+        # The metadata of a file that was cut speaks of more than there is.
+        whole = [page for page in pages if page.kind == pages[0].kind] if pages else []
+        stack = _Stack(whole, len(whole), (f"is cut off ({lost}); {len(whole)} whole planes are taken",), "")
     else:
-        _check_strips(path, pages, num_bytes)
-    compression = first.compression.name.lower().replace("_", " ")
-    kind = "one block" if is_block else "page by page" if compression == "none" else f"page by page, {compression}"
-    warnings = []
-    if first.photometric == tifffile.PHOTOMETRIC.MINISWHITE:
+        stack = _stack(path, tif, pages, num_bytes, config)
+    first = stack.pages[0]
+    if config.force_axes:
+        return _forced(path, first, len(pages), num_bytes)
+    kind = first.kind
+    check_values(path, kind.dtype, kind.photometric, kind.samples)
+    warnings, notes = list(stack.warnings), [f"axes {stack.label}"] if stack.label else []
+    rows, columns, depth = kind.rows, kind.columns, kind.depth
+    channels = kind.samples if kind.samples > 1 else 1
+    shape = (depth if depth > 1 else stack.count, rows, columns)
+    if shape[0] == 1:
+        raise InputError(
+            f"{path}: holds one picture of {rows}x{columns}, not a volume; python -m data_prep.images takes pictures"
+        )
+    check_apart(path, stack.pages)
+    starts = _starts(path, stack, num_bytes) if channels == 1 and depth == 1 else None
+    if starts is None and len(stack.pages) < stack.count:
+        raise InputError(
+            f"{path}: is truncated: {stack.count} planes are declared and {len(stack.pages)} pages are there"
+        )
+    if kind.photometric == tifffile.PHOTOMETRIC.MINISWHITE:
         warnings.append("the file says that low values are white; grey levels are turned round")
-    if dtype.kind == "b":
+    if kind.dtype.kind == "b":
         warnings.append("one bit per voxel looks like a mask, not a scan")
-    voxel_um = _voxel_um(tif)
+    if kind.orientation != 1:
+        warnings.append(f"the file asks for its rows to be turned (orientation {kind.orientation}); they are as stored")
+    if channels > 1:
+        warnings.append("colour pictures whose red, green and blue are equal are taken as grey")
+    voxel_um = voxel_um_of(tif)
+    if voxel_um is not None and config.level:
+        z, y, x = voxel_um
+        voxel_um = (z, y * pages[0].kind.rows / rows, x * pages[0].kind.columns / columns)
     if voxel_um is not None and max(voxel_um) > min(voxel_um) * (1 + _ISOTROPIC_WITHIN):
-        warnings.append(f"voxels are not cubes, {voxel_um} um; slices are not resampled")
+        warnings.append(f"voxels are not cubes, {' x '.join(f'{edge:g}' for edge in voxel_um)} um (z y x)")
+    if tif.byteorder == ">":
+        notes.append("big-endian")
+    if kind.bits % 8 and kind.bits > 1:
+        notes.append(f"{kind.bits} bits a voxel")
+    if calibration := _calibration(tif):
+        notes.append(calibration)
     info = VolumeInfo(
         path=path,
         shape=shape,
-        dtype=dtype.name,
-        storage=("BigTIFF, " if tif.is_bigtiff else "TIFF, ") + kind,
+        dtype=kind.dtype.name,
+        storage=_storage(tif, first, starts),
         num_bytes=num_bytes,
         voxel_um=voxel_um,
-        is_inverted=first.photometric == tifffile.PHOTOMETRIC.MINISWHITE,
+        is_inverted=kind.photometric == tifffile.PHOTOMETRIC.MINISWHITE,
         warnings=tuple(warnings),
+        notes=tuple(notes),
+        slab_bytes=0 if depth == 1 else first.tile_depth * rows * columns * kind.dtype.itemsize,
     )
-    return TiffVolume(info=info, stored_dtype=dtype, offset=int(series.dataoffset) if is_block else None)
+    if info.slab_bytes > _SLAB_BYTES:
+        raise InputError(
+            f"{path}: {first.tile_depth} planes share their tiles and take {info.slab_bytes / 1e6:.0f} MB together; "
+            "save the volume as plain pages"
+        )
+    volume = TiffVolume(
+        info=info,
+        stored_dtype=kind.dtype,
+        starts=starts,
+        pages=tuple((page.number, page.level) for page in stack.pages),
+        channels=channels,
+        is_split=depth > 1,
+    )
+    if channels > 1:
+        sampled = {int((i + 0.5) * shape[0] / min(shape[0], _COLOUR_SAMPLES)) for i in range(_COLOUR_SAMPLES)}
+        try:
+            for _ in volume.planes(sorted(z for z in sampled if z < shape[0])):
+                pass
+        except InputError as error:
+            raise InputError(f"{path}: holds colour pictures (axes {stack.label}): {one_line(error)}") from error
+    return volume
 
 
-def _volume_pages(path: Path, tif: tifffile.TiffFile) -> Sequence[Any]:
+def _stack(path: Place, tif: tifffile.TiffFile, pages: list[Page], num_bytes: int, config: ReadConfig) -> _Stack:
     """Return the pages that are the planes of the volume, or say why they are not one volume."""
-    series = [one for one in tif.series if not one.keyframe.is_reduced] or list(tif.series)
-    axes, sizes = series[0].axes, dict(zip(series[0].axes, series[0].shape, strict=True))
-    keyframe = series[0].keyframe
-    if "S" in axes or keyframe.samplesperpixel > 1:
+    full = [page for page in pages if not page.is_reduced] or pages
+    runs: list[list[Page]] = []
+    for page in full:
+        if runs and runs[-1][-1].kind == page.kind:
+            runs[-1].append(page)
+        else:
+            runs.append([page])
+    declared = axes_of(path, tif)
+    warnings = []
+    if config.series is not None:
+        if config.series >= max(len(runs), len(declared)):
+            raise InputError(f"{path}: --series {config.series}: the file has {_listed(runs)}")
+        chosen = config.series if config.series < len(runs) else 0
+    else:
+        chosen = _largest(path, runs)
+    run = runs[chosen]
+    if len(runs) > 1:
+        warnings.append(f"{_listed([one for one in runs if one is not run])} in the file are left out")
+    if len(full) < len(pages) and not config.level:
+        warnings.append(f"{len(pages) - len(full)} smaller copies in the file are left out")
+    axes = _declared(path, declared, runs, chosen, config)
+    if run[0].kind.samples > 1 and not config.force_axes and len(run) == 1:
+        sizes = run[0].kind
         raise InputError(
-            f"{path}: holds colour pictures (axes {axes}, sizes {'x'.join(map(str, series[0].shape))}), not grey "
-            "planes; save it again as grey, with photometric 'minisblack'"
+            f"{path}: this file says it is one RGB picture ({sizes.rows}x{sizes.columns}, {sizes.samples} samples), "
+            f"not {sizes.samples} slices: holds colour pictures; save it again with photometric='minisblack', or pass "
+            "--force_axes ZYX if its three axes are z, y and x"
         )
-    if keyframe.photometric == tifffile.PHOTOMETRIC.PALETTE:
-        raise InputError(f"{path}: holds palette pictures, whose values are not grey levels; save it again as grey")
-    if any(one.is_multifile for one in series):
-        raise InputError(f"{path}: is one of several files of a volume; save the volume as a single file")
-    if keyframe.is_volumetric:
-        raise InputError(f"{path}: is stored in three-dimensional tiles, which are not read; save it as plain pages")
-    if len({(one.keyframe.imagelength, one.keyframe.imagewidth, one.dtype) for one in series}) > 1:
-        kinds = ", ".join(f"{len(one.pages)} of {one.keyframe.shape} {one.dtype}" for one in series[:4])
-        raise InputError(f"{path}: pages differ in size or type ({kinds}); keep one kind per file")
-    if axes[-2:] != "YX" and len(series) == 1 and sizes[axes[-1]] == 1:
-        raise InputError(
-            f"{path}: the last axis has one voxel ({'x'.join(map(str, series[0].shape))}), so there are no planes"
-        )
-    stacked = [axis for axis in axes if axis not in "YX" and sizes[axis] > 1]
-    if len(series) > 1 and all(len(one.pages) == 1 for one in series):
-        return [one.pages[0] for one in series]
-    if len(series) > 1 or len(stacked) > 1 or axes[-2:] != "YX":
-        several = ", ".join(f"{axis} {size}" for axis, size in sizes.items())
-        raise InputError(
-            f"{path}: holds more than one volume ({len(series)} series, {several}); save one of them alone"
-        )
-    if not stacked:
-        raise InputError(f"{path}: holds one picture of {keyframe.imagelength}x{keyframe.imagewidth}, not a volume")
-    return series[0].pages
+    stack = _Stack(run, len(run), (), "") if axes is None else _declared_stack(path, axes, run, num_bytes, config)
+    stack = stack._replace(warnings=(*warnings, *stack.warnings))
+    return _smaller(path, tif, stack, pages, config.level) if config.level else stack
 
 
-def _num_planes(tif: tifffile.TiffFile, pages: Sequence[Any]) -> int:
-    """Return the number of planes, which is more than the pages where one directory heads a whole block."""
-    series = tif.series[0]
-    return len(pages) if len(tif.series) > 1 else math.prod(series.shape[:-2])
+def _largest(path: Place, runs: list[list[Page]]) -> int:
+    """Return the run of pages that is the volume, beside thumbnails; all others must be clearly smaller."""
+    if len(runs) == 1:
+        return 0
+    chosen = max(range(len(runs)), key=lambda number: sum(page.kind.rows * page.kind.columns for page in runs[number]))
+    volume = runs[chosen][0].kind
+    for number, run in enumerate(runs):
+        is_thumbnail = 3 * run[0].kind.rows <= 2 * volume.rows and 3 * run[0].kind.columns <= 2 * volume.columns
+        if number != chosen and not is_thumbnail:
+            raise InputError(
+                f"{path}: pages differ in size or type ({_listed(runs)}); keep one kind per file, or choose by --series"
+            )
+    return chosen
 
 
-def _check_strips(path: Path, pages: Sequence[Any], num_bytes: int) -> None:
-    """Check that every page is there and ends within the file."""
-    for z, page in enumerate(pages):
-        if page is None:
-            raise InputError(f"{path}: is truncated: plane {z} of {len(pages)} is missing")
-        ends = [offset + count for offset, count in zip(page.dataoffsets, page.databytecounts, strict=True)]
-        if not ends or not all(page.databytecounts):
-            raise InputError(f"{path}: plane {z} of {len(pages)} holds no data")
-        if max(ends) > num_bytes:
-            raise InputError(f"{path}: is truncated: plane {z} ends at byte {max(ends)} of {num_bytes}")
+def _listed(runs: Sequence[Sequence[Page]]) -> str:
+    """Name stacks of pages, with the numbers --series takes."""
+    words = [f"{len(run)} of {run[0].kind.rows}x{run[0].kind.columns} {run[0].kind.dtype.name}" for run in runs[:6]]
+    return ", ".join(words) + (" ..." if len(runs) > 6 else "")
 
 
-def _voxel_um(tif: tifffile.TiffFile) -> tuple[float, float, float] | None:
-    """Return the voxel's edges along (Z, Y, X) if the file gives all three with a unit, else None."""
-    if tif.ome_metadata:
-        return _voxel_um_of_ome(tif.ome_metadata)
-    said = tif.imagej_metadata or (tif.shaped_metadata[0] if tif.shaped_metadata else {})
-    factor = _UNITS_UM.get(str(said.get("unit", "")).strip().lower())
-    spacing, page = said.get("spacing"), tif.pages.first
-    if factor is None or not isinstance(spacing, int | float):
+def _declared(
+    path: Place, declared: list[Axes], runs: list[list[Page]], chosen: int, config: ReadConfig
+) -> Axes | None:
+    """Return what the metadata says of the chosen pages, after checking it against what is there."""
+    if not declared:
         return None
-    try:
-        per_unit = [page.tags[name].value for name in ("YResolution", "XResolution")]
-        in_plane = [denominator / numerator for numerator, denominator in per_unit]
-        tag = {2: 25400.0, 3: 1e4}.get(int(page.tags["ResolutionUnit"].value), factor)  # inch, centimetre
-    except (KeyError, TypeError, ValueError, ZeroDivisionError):
+    if all(one.num_planes == 1 for one in declared) and len(declared) > 1:
+        return None  # pages that each claim to be a series of their own
+    if len(declared) == 1 and len(runs) == 1:
+        return declared[0]
+    if len(declared) == len(runs) and [one.num_planes for one in declared] == [len(run) for run in runs]:
+        return declared[chosen]
+    if len(declared) > 1 and config.series is None:
+        several = ", ".join(one.words for one in declared)
+        raise InputError(
+            f"{path}: holds more than one volume ({len(declared)} series: {several}); choose one with --series"
+        )
+    if len(declared) > 1:
+        return declared[config.series or 0]
+    return None if len(runs) > 1 and declared[0].num_planes == 1 else declared[0]
+
+
+def _declared_stack(path: Place, axes: Axes, run: list[Page], num_bytes: int, config: ReadConfig) -> _Stack:
+    """Put the pages in the order that the metadata gives, and choose among channels and time steps."""
+    stacked = {name: size for name, size in zip(axes.names, axes.sizes, strict=True) if name not in "YXS"}
+    plane = [size for name, size in zip(axes.names, axes.sizes, strict=True) if name in "YX"]
+    if axes.names[-1:] != "S" and axes.names[-2:] != "YX" and axes.sizes[-1] == 1:
+        raise InputError(
+            f"{path}: the last axis has one voxel ({'x'.join(map(str, axes.sizes))}), so there are no planes"
+        )
+    kind = run[0].kind
+    if kind.depth > 1 or kind.samples > 1:
+        return _Stack(run, len(run), (), axes.names)
+    if sorted(plane) != sorted((kind.rows, kind.columns)) or axes.names.rstrip("S")[-2:] != "YX":
+        raise InputError(f"{path}: the metadata says {axes.words} and the pages are {kind.rows}x{kind.columns}")
+    numbers = np.arange(math.prod(stacked.values())).reshape(tuple(stacked.values()))
+    chosen = {name.upper(): index for name, index in (config.select or {}).items()}
+    for name, index in chosen.items():
+        if index >= stacked.get(name, 0):
+            have = ", ".join(f"{axis.lower()} {size}" for axis, size in stacked.items())
+            raise InputError(f"{path}: --select {name.lower()}={index}: the file has {have}")
+    numbers = numbers[tuple(chosen.get(name, slice(None)) for name in stacked)]
+    left = {name: size for name, size in stacked.items() if name not in chosen}
+    long = [name for name, size in left.items() if size > 1]
+    if len(long) > 1:
+        sizes = ", ".join(f"{name.lower()} {size}" for name, size in left.items() if size > 1)
+        other = next((name for name in long if name != "Z"), long[0]).lower()
+        raise InputError(f"{path}: holds more than one volume ({sizes}); choose with --select {other}=0")
+    warnings = ()
+    if long and long[0] in "TC":
+        what = {"T": "time steps", "C": "channels"}[long[0]]
+        warnings = (f"the file calls its {left[long[0]]} planes {what}; they are taken as z",)
+    order = [int(number) for number in numbers.ravel()]
+    total = math.prod(stacked.values())
+    pages = run if axes.pages is None else _by_number(path, axes.pages, run)
+    label = "".join(name for name in axes.names if name != "S")
+    if len(pages) == total:
+        return _Stack([pages[number] for number in order], len(order), warnings, label)
+    if len(pages) == 1:
+        # One directory heads a block of planes, as ImageJ writes beyond 4 GB.
+        page, size = pages[0], kind.rows * kind.columns * kind.dtype.itemsize
+        if page.start is None:
+            raise InputError(f"{path}: is truncated: {total} planes are declared and one page is there")
+        if page.start + total * size > num_bytes:
+            raise InputError(
+                f"{path}: is truncated: {page.start + total * size} bytes are declared and {num_bytes} are there"
+            )
+        step = order[1] - order[0] if len(order) > 1 else 1
+        return _Stack([page], len(order), warnings, label, start_plane=order[0], step=step)
+    raise InputError(
+        f"{path}: the metadata says {axes.words}, {total} planes, and {len(pages)} pages are there; the file is "
+        "truncated or damaged"
+    )
+
+
+def _by_number(path: Place, numbers: Sequence[int | None], run: list[Page]) -> list[Page]:
+    """Return pages in the order that OME metadata gives."""
+    pages = {page.number: page for page in run}
+    if None in numbers or len(set(numbers)) < len(numbers) or set(numbers) != set(pages):
+        raise InputError(f"{path}: is truncated or damaged: its OME metadata names other pages than are there")
+    return [pages[number] for number in numbers if number is not None]
+
+
+def _smaller(path: Place, tif: tifffile.TiffFile, stack: _Stack, pages: list[Page], level: int) -> _Stack:
+    """Return the same planes at a smaller size: from the sub-directories, or from pages marked as reduced."""
+    full = stack.pages[0].kind
+    below = [page.sub_pages(tif) for page in stack.pages]
+    sizes = sorted({page.kind for page in pages if page.is_reduced}, key=lambda kind: -kind.rows * kind.columns)
+    if min(map(len, below)) >= level:
+        smaller = [several[level - 1] for several in below]
+    elif not any(below) and len(sizes) >= level:
+        smaller = [page for page in pages if page.kind == sizes[level - 1] and page.is_reduced]
+    else:
+        raise InputError(
+            f"{path}: --level {level}: the file has {max(min(map(len, below)), len(sizes))} smaller copies"
+        )
+    kind = smaller[0].kind
+    if len(smaller) != stack.count or any(page.kind != kind for page in smaller) or kind.rows > full.rows:
+        raise InputError(f"{path}: --level {level}: the smaller copies are not one for each plane")
+    return stack._replace(pages=smaller)
+
+
+def _starts(path: Place, stack: _Stack, num_bytes: int) -> NDArray[np.int64] | None:
+    """Return the first byte of every plane, or None if a plane is not one run of bytes."""
+    if any(page.start is None for page in stack.pages):
         return None
-    # Some writers mean the unit in words and leave the tag at inch; the spacing tells which of the two is meant.
-    for factor_in_plane in (factor, tag):
-        edges = _plausible(float(spacing) * factor, *(edge * factor_in_plane for edge in in_plane))
-        if edges is not None and max(edges) < 10 * min(edges):
-            return edges
-    return None
+    if len(stack.pages) == stack.count:
+        return np.array([page.start for page in stack.pages], np.int64)
+    kind, first = stack.pages[0].kind, stack.pages[0].start
+    assert first is not None
+    return first + kind.plane_bytes * (stack.start_plane + stack.step * np.arange(stack.count, dtype=np.int64))
 
 
-def _voxel_um_of_ome(xml: str) -> tuple[float, float, float] | None:
-    """Read PhysicalSizeZ, Y, X from OME metadata."""
-    pixels: Any = tifffile.xml2dict(xml).get("OME", {}).get("Image", {})
-    pixels = pixels[0] if isinstance(pixels, list) else pixels
-    pixels = pixels.get("Pixels", {})
-    edges = []
-    for axis in "ZYX":
-        size = pixels.get(f"PhysicalSize{axis}")
-        factor = _UNITS_UM.get(str(pixels.get(f"PhysicalSize{axis}Unit", "um")).lower())
-        if not isinstance(size, int | float) or factor is None:
-            return None
-        edges.append(float(size) * factor)
-    return _plausible(*edges)
+def _storage(tif: tifffile.TiffFile, page: Page, starts: NDArray[np.int64] | None) -> str:
+    """Say how a volume is stored."""
+    if starts is not None:
+        is_block = bool(np.all(np.diff(starts) == page.kind.plane_bytes))
+        words = "one block" if is_block else "page by page"
+    elif page.tile_depth > 1:
+        words = "three-dimensional tiles"
+    else:
+        words = "page by page, tiles" if page.is_tiled else "page by page"
+    flavour = "OME-" if tif.is_ome else "ImageJ " if tif.is_imagej else ""
+    packing = "" if page.compression == "none" else f", {page.compression}"
+    return f"{flavour}{'BigTIFF' if tif.is_bigtiff else 'TIFF'}, {words}{packing}"
 
 
-def _plausible(*edges: float) -> tuple[float, float, float] | None:
-    """Return the three edges if they are positive and finite."""
-    z, y, x = edges
-    return (z, y, x) if all(math.isfinite(edge) and edge > 0 for edge in edges) else None
+def _calibration(tif: tifffile.TiffFile) -> str | None:
+    """Return ImageJ's line from stored to real values; signed 16 bit data are stored as unsigned with such a line."""
+    said = tif.imagej_metadata or {}
+    if "c0" not in said or "c1" not in said:
+        return None
+    return f"ImageJ calibration: value = {said['c0']} + {said['c1']} x stored; windows are in stored values"
 
 
-def _native(plane: NDArray[Any]) -> NDArray[Any]:
-    """Return the plane in the byte order of this machine."""
-    return plane.astype(plane.dtype.newbyteorder("="), copy=False)
+def _forced(path: Place, page: Page, num_pages: int, num_bytes: int) -> TiffVolume:
+    """Take the three stored axes of a single page as Z, Y, X."""
+    kind = page.kind
+    if num_pages > 1 or kind.samples == 1:
+        raise InputError(f"{path}: --force_axes ZYX is for a file of one page with several samples a pixel")
+    check_values(path, kind.dtype, tifffile.PHOTOMETRIC.MINISBLACK, 1)
+    shape = (kind.samples, kind.rows, kind.columns) if kind.is_planar else (kind.rows, kind.columns, kind.samples)
+    info = VolumeInfo(
+        path=path,
+        shape=shape,
+        dtype=kind.dtype.name,
+        storage="TIFF, one page read as z, y, x",
+        num_bytes=num_bytes,
+        warnings=("the file calls itself one colour picture; its stored axes are taken as z, y, x",),
+        notes=("axes forced to ZYX",),
+        slab_bytes=math.prod(shape) * kind.dtype.itemsize,
+    )
+    return TiffVolume(
+        info=info, stored_dtype=kind.dtype, starts=None, pages=((page.number, page.level),), is_split=True
+    )
 
 
-def _one_line(error: object) -> str:
-    """Return a message of a library as one bounded line."""
-    return (" ".join(str(error).split()) or type(error).__name__)[:200]
-
-
-class _Keep(logging.Handler):
-    """Keeps what tifffile logs about lost data: errors, and warnings on series that are not whole."""
-
-    def __init__(self) -> None:
-        super().__init__(logging.WARNING)
-        self.messages: list[str] = []
-
-    def emit(self, record: logging.LogRecord) -> None:
-        """Keep one record as a line."""
-        message = re.sub(r"^<[^>]*> *", "", _one_line(record.getMessage()))  # without the name of the object
-        # Other warnings are about tags that do not touch the voxels.
-        if record.levelno >= logging.ERROR or " series " in message:
-            self.messages.append(message)
-
-
-@contextlib.contextmanager
-def _records() -> Iterator[list[str]]:
-    """Collect what tifffile logs, and keep it off the terminal."""
-    logger, handler = logging.getLogger("tifffile"), _Keep()
-    logger.addHandler(handler)
-    propagate, logger.propagate = logger.propagate, False
-    try:
-        yield handler.messages
-    finally:
-        logger.removeHandler(handler)
-        logger.propagate = propagate
+def _without_bad_planes(volume: TiffVolume) -> TiffVolume:
+    """Decode every plane once and note those that cannot be."""
+    bad = []
+    for z in range(volume.info.shape[0]):
+        try:
+            list(volume.planes([z]))
+        except InputError:
+            bad.append(z)
+    return dataclasses.replace(volume, info=without(volume.info, bad))
