@@ -3,8 +3,9 @@
     accelerate launch finetune/lora.py --pretrained_model_name_or_path assets/tiny-sd \
         --train_data_dir data/weave/train --output_dir runs/lora
 
-Learns  adapters on the U-Net's attention, and on its ResNet convolutions if asked.
-Batch   captioned images.
+Learns  adapters on the U-Net's attention, on its ResNet convolutions if asked, and with --train_text_encoder on the
+        text encoder.
+Batch   captioned images; with --with_prior_preservation prior rows beside them.
 Saves   pytorch_lora_weights.safetensors, for diffusers' load_lora_weights().
 """
 
@@ -25,7 +26,7 @@ from finetune.core.config import (
     RefusedConfig,
     TrainConfig,
 )
-from finetune.core.method_config import LoraConfig
+from finetune.core.method_config import EmaConfig, LoraConfig, PriorConfig, TextEncoderConfig
 
 if TYPE_CHECKING:
     from finetune.core.open import Opened
@@ -33,15 +34,18 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class LoraRun:
-    """Settings of a LoRA run."""
+    """Settings of a LoRA run; defaults are those of diffusers' train_text_to_image_lora.py."""
 
     model: ModelConfig
     images: ImageFolderConfig
     train: TrainConfig
     pictures: PictureConfig = field(default_factory=PictureConfig)
     lora: LoraConfig = field(default_factory=LoraConfig)
+    text_encoder: TextEncoderConfig = field(default_factory=TextEncoderConfig)
+    prior: PriorConfig = field(default_factory=PriorConfig)
     noise: NoiseConfig = field(default_factory=NoiseConfig)
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+    ema: EmaConfig = field(default_factory=EmaConfig)
     previews: PreviewConfig = field(default_factory=PreviewConfig)
     hub: HubConfig = field(default_factory=HubConfig)
     refused: RefusedConfig = field(default_factory=RefusedConfig)
@@ -55,7 +59,7 @@ def main(config: LoraRun) -> None:
 
     images = read_images(config.images)
     data = data_provenance(images, config.images.train_data_dir)
-    with open_run(config, images, data, weights_file=LORA_FILE) as opened:
+    with open_run(config, images, data, weights_file=LORA_FILE, prior=config.prior) as opened:
         train_lora(opened, config)
 
 
@@ -63,40 +67,63 @@ def train_lora(opened: Opened, config: LoraRun) -> None:
     """Train in a run that was opened, on images that passed the checks."""
     from functools import partial
 
+    from finetune.core.averages import Averages
     from finetune.core.batches import captioned_batches
     from finetune.core.loop import train
     from finetune.core.models import Denoiser
     from finetune.core.objective import denoising_loss
-    from finetune.core.optimizer import base_learning_rate
+    from finetune.core.optimizer import learning_rates
     from finetune.core.previews import Previews
-    from finetune.core.trainable import lora_adapters
+    from finetune.core.prior import with_prior
+    from finetune.core.trainable import checkpoint_gradients, lora_adapters
     from finetune.core.weights import save_lora
 
     run, models, schedule, images = opened.run, opened.models, opened.schedule, opened.images
+    learns_text = config.text_encoder.train_text_encoder
     batches = captioned_batches(
-        images, models, config.pictures, config.noise, run, num_timesteps=schedule.num_timesteps
+        images,
+        models,
+        config.pictures,
+        config.noise,
+        run,
+        num_timesteps=schedule.num_timesteps,
+        learns_text=learns_text,
+    )
+    updates = with_prior(
+        batches, opened, config.prior, config.pictures, config.noise, learns_text=learns_text, adapts=True
     )
     models.unet.to(run.weight_dtype)
-    rate = base_learning_rate(config.train, run.accelerator.num_processes)
-    learns = lora_adapters(models, config.lora, learning_rate=rate, seed=run.seed)
+    rate, text_rate = learning_rates(config.train, config.text_encoder, run.accelerator.num_processes)
+    learns = lora_adapters(models, config.lora, learning_rate=rate, seed=run.seed, text_encoder_rate=text_rate)
+    averages = Averages(learns, config.ema)
     if config.train.gradient_checkpointing:
-        models.unet.enable_gradient_checkpointing()
+        checkpoint_gradients(models)
     loss = partial(denoising_loss, schedule=schedule, snr_gamma=config.objective.snr_gamma)
-    previews = Previews(models, config.previews, run, size=batches.size, steps_per_epoch=batches.steps_per_epoch)
+    previews = Previews(
+        models,
+        config.previews,
+        run,
+        size=batches.size,
+        steps_per_epoch=batches.steps_per_epoch,
+        averages=averages,
+    )
     run.say(
-        f"LoRA: {learns.num_weights:,} weights learn from {len(images)} images in {run.total_steps} steps of "
-        f"{config.train.train_batch_size} x {config.train.gradient_accumulation_steps} images, seed {run.seed}"
+        f"LoRA: {learns.num_weights:,} weights learn from {len(images)} images in {run.total_steps} steps "
+        f"of {config.train.train_batch_size} x {config.train.gradient_accumulation_steps} images, seed {run.seed}"
     )
 
     if run.checkpoint is None:
         previews.show(0)
-    for step in train(run, Denoiser(models.text_encoder, models.unet), learns, batches, loss, config.train):
+    denoiser = Denoiser(models.text_encoder, models.unet)
+    for step in train(run, denoiser, learns, updates, loss, config.train, averages):
+        averages.update()
         run.log(step)
         previews.show(step.number)
 
     if run.is_main:
-        provenance = opened.provenance("lora", height=batches.size, width=batches.size)
-        run.say(f"saved {save_lora(run.folder, models, provenance)}; next:")
+        provenance = opened.provenance("lora", height=batches.size, width=batches.size, prior=config.prior)
+        with averages.in_place():
+            run.say(f"saved {save_lora(run.folder, models, provenance)}; next:")
     run.say(
         f"  python -m eval.generate --pretrained_model_name_or_path {models.name} --adapter {run.folder} "
         f'--prompts "{images[0].caption}" --num_images 4 --seed 0 --output_dir {run.folder}-slices'

@@ -27,6 +27,7 @@ def make_batch(size: int, timesteps: list[int], prompts: Tensor, dtype: torch.dt
         prompts=prompts.to(dtype),
         weights=torch.ones(size),
         names=tuple(f"{index}.png" for index in range(size)),
+        positions=tuple(range(size)),
     )
 
 

@@ -6,7 +6,7 @@ key of the same name. Defaults are those of diffusers' ``train_text_to_image_lor
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path, PurePath
 from typing import Literal
 
@@ -67,6 +67,8 @@ class ImageFolderConfig:
     """Key of metadata.jsonl that holds the caption."""
     max_train_samples: int | None = None
     """Train on this many images, drawn at random and the same whatever the seed; all if absent."""
+    balance: tuple[str, ...] = ()
+    """Keys of metadata.jsonl, such as state,axis: every combination of their values is shown equally often. Ours."""
     dataset_name: str | None = None
     """Refused: data sets of the hub are not read; download it and give its folder as --train_data_dir."""
 
@@ -78,6 +80,11 @@ class ImageFolderConfig:
             raise refuse("train_data_dir", "", "needs a folder, or several")
         need_positive(max_train_samples=self.max_train_samples)
 
+    @property
+    def balanced_keys(self) -> tuple[str, ...]:
+        """The keys of --balance, given with commas or without."""
+        return tuple(key for word in self.balance for key in word.split(",") if key)
+
 
 @dataclass(frozen=True, kw_only=True)
 class PictureConfig:
@@ -86,10 +93,22 @@ class PictureConfig:
     resolution: int | None = None
     """Side of the training pictures in px, a multiple of 8; the model's own size if absent."""
     center_crop: bool = True
-    """Crop the centre after the shorter side is resized. `--no_center_crop` crops anew, at random, each time an image
-    is used; the latents of images that are not square can then not be cached. (diffusers: random by default)"""
+    """Cut the centre out of an image that was resized to cover the picture. (diffusers: at random by default)"""
+    random_crop: bool = False
+    """Cut at a random place instead, as `--no_center_crop` does. Ours."""
+    cache_crops: int = 0
+    """Random cuts an image that are encoded once and kept; 0: cut and encode anew at each use. Ours."""
+    buckets: bool = False
+    """Pictures keep the aspect ratio of their images, about resolution x resolution px in all; a batch has one shape.
+    Ours."""
+    bucket_step: int | None = None
+    """Step of the sides of buckets, px; 64, or an eighth of the resolution if that is less, if absent. Ours."""
     random_flip: bool = False
-    """Refused: a mirrored slice is another slice (weave direction), and its caption would not say so."""
+    """Show images mirrored half of the time (left to right). Refused for slices, whose `axis` gives the mirror a
+    meaning: see --flips."""
+    flips: dict[str, Literal["horizontal", "vertical", "both", "quarter_turn"]] = field(default_factory=dict)
+    """Flips that leave captions true, by the axis of a slice, such as warp=horizontal; thickness=quarter_turn also
+    exchanges the words warp and weft in the caption. Each is shown as often as the slice itself. Ours."""
     image_interpolation_mode: Literal["nearest", "box", "bilinear", "hamming", "bicubic", "lanczos"] = "lanczos"
     """Filter that resizes images (Pillow's, antialiased)."""
     caption_dropout: float = 0.0
@@ -101,16 +120,23 @@ class PictureConfig:
 
     def __post_init__(self) -> None:
         """Check ranges."""
-        if self.random_flip:
-            raise refuse("random_flip", self.random_flip, "a mirrored slice changes direction; cut more slices instead")
         if self.resolution is not None and self.resolution % 8:
             raise refuse(
                 "resolution", self.resolution, f"must be a multiple of 8, such as {self.resolution // 8 * 8 or 8}"
             )
-        need_positive(resolution=self.resolution)
-        need_not_negative(dataloader_num_workers=self.dataloader_num_workers)
+        need_positive(resolution=self.resolution, bucket_step=self.bucket_step)
+        need_not_negative(dataloader_num_workers=self.dataloader_num_workers, cache_crops=self.cache_crops)
+        if self.cache_crops and not self.crops_at_random:
+            raise refuse("cache_crops", self.cache_crops, "needs --random_crop")
+        if self.bucket_step is not None and (self.bucket_step % 8 or not self.buckets):
+            raise refuse("bucket_step", self.bucket_step, "must be a multiple of 8, beside --buckets")
         if not 0 <= self.caption_dropout < 1:
             raise refuse("caption_dropout", self.caption_dropout, "must be in [0, 1)")
+
+    @property
+    def crops_at_random(self) -> bool:
+        """Whether pictures are cut at random places."""
+        return self.random_crop or not self.center_crop
 
 
 EPSILON_OF_PURE_NOISE = (
@@ -358,6 +384,11 @@ class RefusedConfig:
 CHANGEABLE = frozenset(
     {
         "train_data_dir",
+        "instance_data_dir",
+        "class_data_dir",
+        "sample_batch_size",
+        "prior_generation_precision",
+        "offload_ema",
         "max_train_steps",
         "num_train_epochs",
         "checkpointing_steps",

@@ -19,6 +19,7 @@ from PIL import ExifTags, Image, UnidentifiedImageError
 from configs.errors import InputError
 from data_prep.manifest import MANIFEST_NAME, METADATA_NAME, is_inside, read_manifest, read_records, sha256_of
 from finetune.core.config import ImageFolderConfig
+from finetune.core.method_config import InstanceConfig
 from finetune.core.noise import permutation
 
 SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff", ".gif"})
@@ -75,6 +76,16 @@ def read_images(config: ImageFolderConfig) -> list[CaptionedImage]:
         chosen = permutation(0, -1, len(images))[: config.max_train_samples]
         images = [images[place] for place in sorted(chosen.tolist())]
     return images
+
+
+def read_instance_images(config: InstanceConfig) -> list[CaptionedImage]:
+    """Read the folder of a subject: all images with one prompt, or with captions of their own.
+
+    Raises:
+        InputError: as ``read_folder``.
+    """
+    captions = () if config.instance_prompt is None else (config.instance_prompt,)
+    return read_folder(config.instance_data_dir, "--instance_data_dir", captions=captions)
 
 
 def read_folder(

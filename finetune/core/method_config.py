@@ -147,6 +147,21 @@ class PriorConfig:
         elif self.prior_prompts_file is None and self.class_prompt is None:
             raise refuse("prior_source", self.prior_source, "needs --prior_prompts_file or --class_prompt")
 
+    @property
+    def provenance(self) -> dict[str, object]:
+        """What the weights say about it; nothing without it."""
+        if not self.with_prior_preservation:
+            return {}
+        said = {"source": self.prior_source, "class_prompt": self.class_prompt, "weight": self.prior_loss_weight}
+        return {"prior": said}
+
+
+def check_folders(instance: InstanceConfig, prior: PriorConfig) -> None:
+    """Refuse one folder for the subject and its class: generated images would be learned as the subject."""
+    folder = prior.class_data_dir
+    if folder is not None and folder.resolve() == instance.instance_data_dir.resolve():
+        raise refuse("class_data_dir", folder, "is --instance_data_dir, too; class images need a folder of their own")
+
 
 @dataclass(frozen=True, kw_only=True)
 class SentenceConfig:

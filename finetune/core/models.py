@@ -86,6 +86,13 @@ class Denoiser(nn.Module):
         self.text_encoder = text_encoder
         self.unet = unet
 
+    def train(self, mode: bool = True) -> Denoiser:
+        """Put the parts that learn into training mode, and no other: dropout in a frozen one is noise for nothing."""
+        self.training = mode
+        for part in (self.text_encoder, self.unet):
+            part.train(mode and any(parameter.requires_grad for parameter in part.parameters()))
+        return self
+
     def forward(self, noisy_latents: Tensor, timesteps: Tensor, prompt_embeds: Tensor) -> Tensor:
         """Predict epsilon or v, whichever the U-Net learned.
 

@@ -64,7 +64,7 @@ class Opened:
         """Where the forward pass runs."""
         return self.run.accelerator.device
 
-    def provenance(self, method: str, *, height: int, width: int) -> dict[str, Any]:
+    def provenance(self, method: str, *, height: int, width: int, prior: PriorConfig | None = None) -> dict[str, Any]:
         """Return what the weights say about where they come from; pictures are made in this size unless asked for."""
         return {
             "method": method,
@@ -75,6 +75,7 @@ class Opened:
             "width": width,
             "scheduler": dict(self.models.scheduler.config),
             "steps": self.run.total_steps,
+            **(prior.provenance if prior else {}),
         }
 
 

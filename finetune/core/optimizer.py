@@ -11,6 +11,7 @@ import torch
 
 from configs.errors import UsageError
 from finetune.core.config import TrainConfig
+from finetune.core.method_config import TextEncoderConfig
 from finetune.core.trainable import Learns
 
 if TYPE_CHECKING:
@@ -82,6 +83,16 @@ def base_learning_rate(config: TrainConfig, num_processes: int, rate: float | No
     """Return ``rate`` (``--learning_rate`` if None), multiplied by the images per update with ``--scale_lr``."""
     scale = config.train_batch_size * config.gradient_accumulation_steps * num_processes if config.scale_lr else 1
     return (config.learning_rate if rate is None else rate) * scale
+
+
+def learning_rates(
+    config: TrainConfig, text_encoder: TextEncoderConfig, num_processes: int
+) -> tuple[float, float | None]:
+    """Return the base rates of the U-Net and of the text encoder, or None for one that does not learn."""
+    rate = base_learning_rate(config, num_processes)
+    if not text_encoder.train_text_encoder:
+        return rate, None
+    return rate, base_learning_rate(config, num_processes, text_encoder.text_encoder_lr)
 
 
 def learning_rate_factor(config: TrainConfig, total_steps: int) -> Callable[[int], float]:

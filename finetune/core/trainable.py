@@ -115,6 +115,13 @@ def lora_adapters(
     return learns
 
 
+def checkpoint_gradients(models: Models) -> None:
+    """Compute activations again in the backward pass, in the U-Net and, if it learns, in the text encoder."""
+    models.unet.enable_gradient_checkpointing()
+    if any(parameter.requires_grad for parameter in models.text_encoder.parameters()):
+        models.text_encoder.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+
+
 def _learning(name: str, module: nn.Module, mark: str = "") -> dict[str, nn.Parameter]:
     """Return the parameters of a module that have gradients, with the module's name before theirs."""
     found = {f"{name}.{key}": value for key, value in module.named_parameters() if value.requires_grad}

@@ -23,10 +23,11 @@ PIPELINE_PARTS = ("scheduler", "text_encoder", "tokenizer", "unet", "vae")
 """Folders of a pipeline."""
 
 
-def save_pipeline(folder: Path, models: Models, provenance: dict[str, Any]) -> Path:
+def save_pipeline(folder: Path, models: Models, provenance: dict[str, Any], *, with_text_encoder: bool = True) -> Path:
     """Write a pipeline into the run folder, for ``StableDiffusionPipeline.from_pretrained(folder)``.
 
-    Its scheduler is the one that was trained; all weights are written in the precision they are held in.
+    Its scheduler is the one that was trained; all weights are written in the precision they are held in. Without its
+    text encoder it has to be given one when it is loaded.
 
     Returns:
         the folder; its ``model_index.json`` appears when all the rest is whole.
@@ -34,12 +35,16 @@ def save_pipeline(folder: Path, models: Models, provenance: dict[str, Any]) -> P
     partial = folder / "pipeline.partial"
     shutil.rmtree(partial, ignore_errors=True)
     try:
-        as_pipeline(models).save_pretrained(partial, safe_serialization=True)
+        pipeline = as_pipeline(models)
+        if not with_text_encoder:
+            pipeline.register_modules(text_encoder=None)
+        pipeline.save_pretrained(partial, safe_serialization=True)
         (folder / PIPELINE_FILE).unlink(missing_ok=True)
         for part in PIPELINE_PARTS:
             if (folder / part).exists():
                 shutil.rmtree(folder / part)
-            (partial / part).rename(folder / part)
+            if (partial / part).exists():
+                (partial / part).rename(folder / part)
         _write_provenance(folder, provenance)
         (partial / PIPELINE_FILE).rename(folder / PIPELINE_FILE)
     finally:
