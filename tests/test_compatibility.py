@@ -14,6 +14,7 @@ import json
 import re
 import shutil
 import sys
+import tempfile
 import threading
 from collections import Counter
 from collections.abc import Callable
@@ -368,8 +369,7 @@ sys.addaudithook(_watch_files)  # it cannot be taken away again, and sleeps betw
 def observe(world: World, recipe: str, words: str) -> dict[str, object]:
     """Run a recipe in this process and return what can be seen of it; a run asked for again is not run again."""
     if (recipe, words) not in world.runs:
-        root = world.root / f"run-{len(world.runs)}"
-        root.mkdir()
+        root = Path(tempfile.mkdtemp(dir=world.root))
         world.runs[recipe, words] = run_once(world, recipe, words, root)
     return world.runs[recipe, words]
 
@@ -404,8 +404,9 @@ def run_once(world: World, recipe: str, words: str, root: Path) -> dict[str, obj
             main(load(config_class, (COMMON + OWN[recipe] + words).format(**places).split()))
         except TisserandError as error:
             refused = str(error).replace(str(root), "ROOT")
-    readers, opened_in = set(opened_in), None
-    hook.remove()
+        finally:
+            hook.remove()
+            readers, opened_in = set(opened_in), None
     tf32, torch.backends.cuda.matmul.allow_tf32 = torch.backends.cuda.matmul.allow_tf32, False
     torch.backends.cudnn.allow_tf32 = False
     AcceleratorState._reset_state(reset_partial_state=True)
@@ -452,7 +453,9 @@ def of_folder(root: Path) -> dict[str, object]:
         if path.suffix == ".safetensors" and "checkpoint-" not in str(path)
         for name, value in load_file(path).items()
     }
-    rows = [json.loads(line) for path in files if path.name == "metrics.jsonl" for line in path.open()]
+    rows = [
+        json.loads(line) for path in files if path.name == "metrics.jsonl" for line in path.read_text().splitlines()
+    ]
     pictures = {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in files if path.suffix == ".png"}
     return {
         "weights": weights,
