@@ -34,9 +34,17 @@ from finetune.core.config import (
     need_positive,
     refuse,
 )
-from finetune.core.method_config import EmaConfig, LoraConfig, SentenceConfig, TokenConfig
+from finetune.core.method_config import (
+    EmaConfig,
+    LoraConfig,
+    PriorConfig,
+    SentenceConfig,
+    TextEncoderConfig,
+    TokenConfig,
+)
 
 if TYPE_CHECKING:
+    from finetune.core.batches import Batches, Update
     from finetune.core.open import Opened
 
 
@@ -81,6 +89,8 @@ class PivotalTuningRun:
     sentences: SentenceConfig = field(default_factory=SentenceConfig)
     pictures: PictureConfig = field(default_factory=PictureConfig)
     lora: LoraConfig = field(default_factory=LoraConfig)
+    text_encoder: TextEncoderConfig = field(default_factory=TextEncoderConfig)
+    prior: PriorConfig = field(default_factory=PriorConfig)
     noise: NoiseConfig = field(default_factory=NoiseConfig)
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     ema: EmaConfig = field(default_factory=EmaConfig)
@@ -89,9 +99,36 @@ class PivotalTuningRun:
     refused: RefusedConfig = field(default_factory=RefusedConfig)
 
     def __post_init__(self) -> None:
-        """Refuse what does not fit two files."""
+        """Refuse what does not fit a word that moves, or two files."""
+        word = self.tokens.placeholder_token
         if self.tokens.save_as_full_pipeline:
             raise refuse("save_as_full_pipeline", True, "use finetune/export.py --to pipeline on the finished run")
+        if self.text_encoder.pre_compute_text_embeddings:
+            raise refuse("pre_compute_text_embeddings", True, "leave it out: they change with the rows of the word")
+        if self.prior.class_prompt is not None and word in self.prior.class_prompt:
+            raise refuse("class_prompt", self.prior.class_prompt, f"the base model does not know {word}; leave it out")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Staged:
+    """Updates of one ``Batches`` before the pivot, and of another from there on.
+
+    Attributes:
+        pivot: number of the first update of the second.
+    """
+
+    first: Batches
+    then: Batches
+    pivot: int
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Optimizer updates in one pass over the images, in either stage."""
+        return self.first.steps_per_epoch
+
+    def update(self, number: int) -> Update:
+        """Return this process's share of an update."""
+        return (self.first if number < self.pivot else self.then).update(number)
 
 
 def main(config: PivotalTuningRun) -> None:
@@ -118,6 +155,7 @@ def main(config: PivotalTuningRun) -> None:
         data_provenance(images, folders),
         weights_file=LORA_FILE,
         more_files=(EMBEDDINGS_FILE, *copies),
+        prior=config.prior,
     ) as opened:
         train_word_and_adapters(opened, config, alone)
 
@@ -133,29 +171,40 @@ def train_word_and_adapters(opened: Opened, config: PivotalTuningRun, alone: int
     from finetune.core.objective import denoising_loss
     from finetune.core.optimizer import base_learning_rate
     from finetune.core.previews import Previews
+    from finetune.core.prior import with_prior
     from finetune.core.tokens import add_word
     from finetune.core.trainable import Group, Learns, lora_adapters
     from finetune.core.weights import save_embeddings, save_lora
 
     run, models, schedule, images = opened.run, opened.models, opened.schedule, opened.images
     rate = base_learning_rate(config.train, run.accelerator.num_processes)
-    token_rate = rate * (config.pivot.token_lr or config.train.learning_rate) / config.train.learning_rate
-    after = config.pivot.token_lr_after / (config.pivot.token_lr or config.train.learning_rate)
-    models.unet.to(run.weight_dtype)
-    adapters = lora_adapters(models, config.lora, learning_rate=rate, seed=run.seed)
-    word = add_word(models, config.tokens)  # after them: peft freezes what it finds
-    rows = word.learns(token_rate, partial(_before, alone, after)).groups
-    learns = Learns(
-        (*rows, *(Group(one.parameters, one.learning_rate, partial(_after, alone)) for one in adapters.groups))
-    )
+    token_lr = config.pivot.token_lr or config.train.learning_rate
+    scale = rate / config.train.learning_rate
+    text_encoder_rate = None
+    if config.text_encoder.train_text_encoder:
+        text_encoder_rate = (config.text_encoder.text_encoder_lr or config.train.learning_rate) * scale
+    word = add_word(models, config.tokens)
     batches = captioned_batches(
         images, models, config.pictures, config.noise, run, num_timesteps=schedule.num_timesteps, learns_text=True
+    )
+    # A class prompt gives the rows no gradient, and before the pivot nothing else learns.
+    then = with_prior(batches, opened, config.prior, config.pictures, config.noise, learns_text=True, adapts=True)
+    models.unet.to(run.weight_dtype)
+    adapters = lora_adapters(
+        models, config.lora, learning_rate=rate, seed=run.seed, text_encoder_rate=text_encoder_rate
+    )
+    word.embedding.rows.requires_grad_(True)  # peft has frozen all that it found
+    rows = word.learns(token_lr * scale, partial(_before, alone, config.pivot.token_lr_after / token_lr)).groups
+    learns = Learns(
+        (*rows, *(Group(one.parameters, one.learning_rate, partial(_after, alone)) for one in adapters.groups))
     )
     averages = Averages(learns, config.ema)
     if config.train.gradient_checkpointing:
         models.unet.enable_gradient_checkpointing()
     loss = partial(denoising_loss, schedule=schedule, snr_gamma=config.objective.snr_gamma)
-    previews = Previews(models, config.previews, run, size=batches.size, steps_per_epoch=batches.steps_per_epoch)
+    previews = Previews(
+        models, config.previews, run, size=batches.size, steps_per_epoch=batches.steps_per_epoch, averages=averages
+    )
     provenance = opened.provenance("pivotal_tuning", height=batches.size, width=batches.size)
     run.say(
         f"pivotal tuning: {len(word.pieces)} rows learn {word.placeholder} for {alone} steps, then "
@@ -166,13 +215,14 @@ def train_word_and_adapters(opened: Opened, config: PivotalTuningRun, alone: int
     if run.checkpoint is None:
         previews.show(0)
     denoiser = Denoiser(models.text_encoder, models.unet)
-    for step in train(run, denoiser, learns, batches, loss, config.train, averages):
+    staged = Staged(first=batches, then=then, pivot=alone)
+    for step in train(run, denoiser, learns, staged, loss, config.train, averages):
         averages.update()
         run.log(step)
-        with averages.in_place():
-            previews.show(step.number)
-            if run.is_main and step.number % config.tokens.save_steps == 0:
-                name = f"learned_embeds-steps-{step.number}.safetensors"
+        previews.show(step.number)
+        if run.is_main and step.number % config.tokens.save_steps == 0:
+            name = f"learned_embeds-steps-{step.number}.safetensors"
+            with averages.in_place():
                 save_embeddings(run.folder, word, provenance | {"steps": step.number}, name)
 
     if run.is_main:

@@ -110,7 +110,9 @@ def train_word(opened: Opened, config: TextualInversionRun) -> None:
     if config.train.gradient_checkpointing:
         models.unet.enable_gradient_checkpointing()
     loss = partial(denoising_loss, schedule=schedule, snr_gamma=config.objective.snr_gamma)
-    previews = Previews(models, config.previews, run, size=batches.size, steps_per_epoch=batches.steps_per_epoch)
+    previews = Previews(
+        models, config.previews, run, size=batches.size, steps_per_epoch=batches.steps_per_epoch, averages=averages
+    )
     provenance = opened.provenance("textual_inversion", height=batches.size, width=batches.size)
     run.say(
         f"Textual Inversion: {len(word.pieces)} rows of {word.rows.shape[1]} numbers learn {word.placeholder} from "
@@ -123,10 +125,10 @@ def train_word(opened: Opened, config: TextualInversionRun) -> None:
     for step in train(run, denoiser, learns, batches, loss, config.train, averages):
         averages.update()
         run.log(step)
-        with averages.in_place():
-            previews.show(step.number)
-            if run.is_main and step.number % config.tokens.save_steps == 0:
-                name = f"learned_embeds-steps-{step.number}.safetensors"
+        previews.show(step.number)
+        if run.is_main and step.number % config.tokens.save_steps == 0:
+            name = f"learned_embeds-steps-{step.number}.safetensors"
+            with averages.in_place():
                 save_embeddings(run.folder, word, provenance | {"steps": step.number}, name)
 
     if run.is_main:
