@@ -66,6 +66,7 @@ def test_epsilon_with_a_zero_terminal_schedule_is_refused() -> None:
         from_scheduler(DDPMScheduler(rescale_betas_zero_snr=True).config)
 
 
+@pytest.mark.filterwarnings("ignore:__array__ implementation")  # diffusers' own, under NumPy 2
 @pytest.mark.parametrize("base", [PNDMScheduler, DDIMScheduler, DDPMScheduler])
 def test_rescaled_training_is_saved_with_its_schedule_and_sampled_from_pure_noise(
     base: type[SchedulerMixin], tmp_path: Path

@@ -19,6 +19,7 @@ from configs.load import Terminated
 from finetune.core import checkpoints
 from finetune.core.batches import Batches, Update
 from finetune.core.config import TrainConfig
+from finetune.core.memory import check_memory
 from finetune.core.noise import counter_seed
 from finetune.core.objective import Loss
 from finetune.core.optimizer import learning_rate_factor, make_optimizer
@@ -86,6 +87,7 @@ def train(
         Terminated: SIGTERM came; a checkpoint of the last finished update has been written.
     """
     accelerator, parameters = run.accelerator, learns.parameters
+    check_memory(run, denoiser, learns, batches, loss, config)
     bare_optimizer = make_optimizer(learns, config)
     factor = learning_rate_factor(config, run.total_steps)
     model, optimizer = accelerator.prepare(denoiser, bare_optimizer)

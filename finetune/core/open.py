@@ -130,6 +130,8 @@ def open_run(
             tokenizer_max_length=source.tokenizer_max_length,
         )
         base_scheduler = models.scheduler
+        if config.train.enable_xformers_memory_efficient_attention:
+            models.unet.enable_xformers_memory_efficient_attention()
         models.scheduler = trained_scheduler(base_scheduler, config.noise)
         schedule = from_scheduler(models.scheduler.config)
         base_hash = base_hash or model_hash(name, revision=source.revision, cache_dir=source.cache_dir)

@@ -6,10 +6,13 @@ from contextlib import nullcontext
 from dataclasses import KW_ONLY, dataclass
 
 from configs.errors import TisserandError
+from eval.config import Sampler, SamplingConfig
 from finetune.core.averages import Averages
 from finetune.core.config import PreviewConfig
 from finetune.core.models import Models
 from finetune.core.run import Run
+
+_SAMPLERS: dict[str, Sampler] = {"DPMSolverMultistepScheduler": "dpmsolver++", "DDPMScheduler": "ddpm"}
 
 
 @dataclass(frozen=True)
@@ -40,16 +43,18 @@ class Previews:
         """
         every = self.config.validation_steps or self.config.validation_epochs * self.steps_per_epoch
         is_due = step % every == 0 or step == self.run.total_steps
-        if not (self.run.is_main and self.config.validation_prompt and is_due):
+        prompts, count = self.config.prompts, self.config.num_validation_images
+        if not (self.run.is_main and prompts and is_due) or self.run.train.dry_run:
             return
-        from eval.config import SamplingConfig
         from eval.sampling import contact_sheet, decode, sample_latents
 
-        prompts, count = self.config.validation_prompt, self.config.num_validation_images
         requests = [(prompt, seed) for prompt in prompts for seed in range(count)]
+        settings = SamplingConfig(
+            scheduler=_SAMPLERS[self.config.validation_scheduler], height=self.size, width=self.size
+        )
         averaged = self.averages.in_place() if self.averages else nullcontext()
         with averaged, self.run.accelerator.autocast():
-            latents = sample_latents(self.models, requests, SamplingConfig(height=self.size, width=self.size))
+            latents = sample_latents(self.models, requests, settings)
         try:
             pictures = decode(self.models, latents, requests)  # in float32: half precision overflows in this VAE
         except TisserandError as error:

@@ -26,9 +26,10 @@ from accelerate import Accelerator
 from accelerate.utils import LoggerType, ProjectConfiguration
 
 import configs.load
-from configs.errors import UsageError
+from configs.errors import TisserandError, UsageError
 from finetune.core import checkpoints
 from finetune.core.config import CHANGEABLE, TrainConfig
+from finetune.core.memory import advice, is_out_of_memory
 from finetune.core.optimizer import check_optimizer
 
 if TYPE_CHECKING:
@@ -111,10 +112,12 @@ class Run:
     def __enter__(self) -> Run:
         return self
 
-    def __exit__(self, *_: object) -> None:
-        """Close the trackers and free the folder, however the run ended."""
+    def __exit__(self, _: object = None, error: BaseException | None = None, __: object = None) -> None:
+        """Close the trackers and free the folder, however the run ended; say what to lower if memory ran out."""
         self.accelerator.end_training()
         _free(self.folder, self.lock)
+        if is_out_of_memory(error):
+            raise TisserandError(f"out of memory; {advice(self.train)}") from error
 
 
 def start_run(
@@ -148,6 +151,9 @@ def start_run(
     folder = train.output_dir
     _check_tracker(train.report_to)
     check_optimizer(train)
+    _check_attention(train)
+    if train.dry_run and train.overwrite:
+        raise UsageError("--dry_run: changes nothing; leave out --overwrite, which clears the folder")
     accelerator = _make_accelerator(train, folder)
     threads = _set_threads(accelerator)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = train.allow_tf32
@@ -202,7 +208,7 @@ def start_run(
         if checkpoint and machine.get("threads") != threads:
             then = machine.get("threads")
             run.say(f"note: {then} threads before, {threads} now: the result will not be bitwise the same")
-        if run.is_main:
+        if run.is_main and not train.dry_run:
             (folder / CONFIG).write_text(
                 yaml.safe_dump(settings, sort_keys=False, allow_unicode=True), encoding="utf-8"
             )
@@ -212,8 +218,8 @@ def start_run(
             for path in own:
                 if checkpoints.step_of(path) > done:
                     shutil.rmtree(path)
-        if train.report_to != "none":
-            accelerator.init_trackers("tisserand", init_kwargs={"tensorboard": {"purge_step": done + 1}})
+        if train.report_to != "none" and not train.dry_run:
+            accelerator.init_trackers(train.tracker_project_name, init_kwargs={"tensorboard": {"purge_step": done + 1}})
         on_refusal.pop_all()
         return run
 
@@ -227,11 +233,29 @@ def _check_tracker(name: str) -> None:
         raise UsageError(f"--report_to {name}: the package is not installed; install it, or use --report_to none")
 
 
+def _check_attention(train: TrainConfig) -> None:
+    """Refuse xformers where it cannot run, before anything is loaded."""
+    flag = "--enable_xformers_memory_efficient_attention"
+    if train.enable_xformers_memory_efficient_attention:
+        if not torch.cuda.is_available():
+            raise UsageError(f"{flag}: needs a GPU; leave it out, PyTorch's own attention is as frugal")
+        if importlib.util.find_spec("xformers") is None:
+            raise UsageError(f"{flag}: xformers is not installed; install it, or leave the option out")
+
+
 def _make_accelerator(train: TrainConfig, folder: Path) -> Accelerator:
     """Return the accelerator in the precision asked for, by the flag or by the launcher."""
     precision = train.mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    if precision not in ("no", "fp16", "bf16"):
+        raise UsageError(f"--mixed_precision {precision}: must be one of no, fp16, bf16 (the launcher asks for it)")
     if precision == "fp16" and not torch.cuda.is_available():
         raise UsageError("--mixed_precision fp16: needs a GPU; use bf16 or no")
+    for flag, name in (("ACCELERATE_USE_FSDP", "FSDP"), ("ACCELERATE_USE_DEEPSPEED", "DeepSpeed")):
+        if os.environ.get(flag, "false").lower() in ("true", "1"):
+            raise UsageError(
+                f"accelerate launch with {name}: splits weights and optimizer over the processes; checkpoints and "
+                "saved files do not gather them in this version; use configs/accelerate/multi_gpu.yaml"
+            )
     return Accelerator(
         mixed_precision=precision,
         log_with=None if train.report_to == "none" else train.report_to,
