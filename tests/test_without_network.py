@@ -8,6 +8,7 @@ import re
 import shlex
 import shutil
 import subprocess
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -77,7 +78,7 @@ def run(line: str, capsys: pytest.CaptureFixture[str]) -> str:
 
 def test_download_takes_what_is_needed_and_nothing_twice() -> None:
     words = shlex.split(next(line for line in commands() if line.startswith("hf download ")))
-    patterns = {flag: [words[i + 1] for i, word in enumerate(words) if word == flag] for flag in set(words)}
+    patterns = {flag: [value for word, value in pairwise(words) if word == flag] for flag in ("--include", "--exclude")}
     taken = filter_repo_objects(
         [*NEEDED, *LEFT_OUT], allow_patterns=patterns["--include"], ignore_patterns=patterns["--exclude"]
     )
