@@ -53,6 +53,8 @@ def entry(plan: Plan, found: Found, drops: Drops, config: SliceConfig) -> dict[s
         "num_near_duplicate_slices": {name: len(some) for name, some in drops.near_duplicates.items()},
         "left_out": drops.reasons,
         "dropped_slices": _dropped_slices(drops),
+        "notes": list(info.notes),
+        "bad_planes": list(info.bad_planes),
         "warnings": list(info.warnings),
     }
 

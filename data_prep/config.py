@@ -15,6 +15,8 @@ from typing import Literal
 
 from data_prep.extent import ExtentConfig
 from data_prep.filters import FilterConfig
+from data_prep.intensity import WindowConfig
+from data_prep.readers import ReadConfig
 from prompts.vocabulary import template_problem
 
 AXES = ("thickness", "warp", "weft")
@@ -48,8 +50,8 @@ class SliceConfig:
     """Stored axis along the weft."""
     voxel_size_um: tuple[float, ...] | None = None
     """Edge of a voxel in micrometres, one number or three for z y x; what the files say if not given."""
-    window_percentile: tuple[float, float] = (0.1, 99.9)
-    """Percentiles of a volume's voxels that become black and white."""
+    read: ReadConfig = ReadConfig()
+    grey: WindowConfig = WindowConfig()
     split: Literal["region", "volume", "index", "none"] = "region"
     """region holds out one end of the longest in-plane axis, behind a guard slab, for all three directions; volume
     holds out whole volumes; index holds out the last slices of each direction, which cross slices of the others."""
@@ -102,9 +104,6 @@ class SliceConfig:
         sizes = self.voxel_size_um
         if sizes is not None and (len(sizes) not in (1, 3) or not all(0 < size < math.inf for size in sizes)):
             raise ValueError(f"--voxel_size_um {' '.join(map(str, sizes))}: give one or three (z y x) positive numbers")
-        low, high = self.window_percentile
-        if not 0 <= low < high <= 100:
-            raise ValueError(f"--window_percentile {low} {high}: give two rising numbers within 0 and 100")
         if not 0 < self.validation_fraction < 0.5:
             raise ValueError(f"--validation_fraction {self.validation_fraction}: must lie between 0 and 0.5")
         for name in ("stride", "max_per_axis", "workers", "processes", "pad_multiple"):

@@ -21,10 +21,10 @@ from data_prep import png
 from data_prep.audit import Samples
 from data_prep.filters import is_blank, thumbnail
 from data_prep.intensity import Window
-from data_prep.manifest import sha256_of
 from data_prep.plan import Picture, Plan
 from data_prep.planes import scan
 from data_prep.readers import VolumeSource
+from data_prep.readers.places import sha256_of
 
 # (stored axis, index) of a slice, counted within the part that is cut.
 Slice = tuple[int, int]
@@ -150,7 +150,7 @@ def cut(task: Task, progress: Callable[[], object] | None = None) -> Found:
                 progress()
 
     with ThreadPoolExecutor(task.num_threads) as pool:
-        digest = pool.submit(sha256_of, task.source.info.path) if task.is_first else None
+        digest = pool.submit(sha256_of, task.source.info.path, task.source.info.files) if task.is_first else None
         try:
             for key, picture in _slices(task, samples):
                 waiting.append((key, pool.submit(_encode, picture, task, task.pictures[key], stop)))

@@ -14,7 +14,6 @@ import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -25,10 +24,11 @@ from data_prep import fit
 from data_prep.config import AXES, SliceConfig
 from data_prep.extent import Box, extent_of, part_of
 from data_prep.fit import Cut
-from data_prep.intensity import WindowEstimate, estimate, sampled_planes
+from data_prep.intensity import Window, WindowEstimate, estimate, sampled_planes, window_of_dataset
 from data_prep.manifest import SliceRow
 from data_prep.planes import BLOCK, plan_passes
 from data_prep.readers import VolumeInfo, VolumeSource, open_volume
+from data_prep.readers.places import Place, identity, is_below, place_of
 from data_prep.split import TRAIN, VALIDATION, Region, correlation_length, cut_region
 from prompts.captions import caption
 from prompts.vocabulary import Vocabulary
@@ -151,15 +151,14 @@ def survey(config: SliceConfig, words: Vocabulary) -> list[Volume]:
     if missing := [axis for axis in AXES if axis not in words.axes]:
         raise UsageError(f"--vocabulary {config.vocabulary}: no word for the axes {', '.join(missing)}; add them")
     pairs = [_state_and_path(text, words) for text in config.volumes]
-    sources = [open_volume(path) for _, path in pairs]
-    seen = set[tuple[int, int]]()
+    sources = [open_volume(path, config.read) for _, path in pairs]
+    seen = set[object]()
     for _, path in pairs:
-        if path.resolve().is_relative_to(config.output_dir.resolve()):
+        if is_below(path, config.output_dir):
             raise UsageError(f"--volumes {path}: lies inside --output_dir {config.output_dir}, which is replaced")
-        status = path.stat()
-        if (status.st_dev, status.st_ino) in seen:
+        if identity(path) in seen:
             raise UsageError(f"--volumes {path}: the same file is given twice; name each file once")
-        seen.add((status.st_dev, status.st_ino))
+        seen.add(identity(path))
     names = _names(pairs)
     stems = {state: _ascii(state) for state, _ in pairs}
     is_alone = len(set(stems.values())) == len(pairs)
@@ -170,13 +169,15 @@ def survey(config: SliceConfig, words: Vocabulary) -> list[Volume]:
         raise UsageError(f"--validation_volumes {' '.join(unknown)}: no such volume; named are {', '.join(names)}")
     if config.split == "volume" and set(config.validation_volumes) == set(names):
         raise UsageError("--validation_volumes: all volumes are held out, and none is left to train on")
+    boxes = [extent_of(whole, config.extent, name) for name, whole in zip(names, sources, strict=True)]
+    parts = [part_of(whole, box) for whole, box in zip(sources, boxes, strict=True)]
+    shared = _campaign_window(parts, config) if config.grey.window_scope == "campaign" else None
     volumes = []
-    for (state, _), name, whole in zip(pairs, names, sources, strict=True):
-        box = extent_of(whole, config.extent, name)
-        source = part_of(whole, box)
+    for (state, _), name, whole, box, source in zip(pairs, names, sources, boxes, parts, strict=True):
         voxel_um = _voxel_um(whole.info, config)
         cut_axes = _cut_axes(source.info, config)
-        window, correlations = _statistics(source, config, cut_axes)
+        known = window_of_dataset(path, name, state) if (path := config.grey.window_manifest) else shared
+        window, correlations = _statistics(source, config, cut_axes, known)
         regions = {
             axis: cut_region(
                 axis,
@@ -216,7 +217,7 @@ def survey(config: SliceConfig, words: Vocabulary) -> list[Volume]:
     return volumes
 
 
-def _state_and_path(text: str, words: Vocabulary) -> tuple[str, Path]:
+def _state_and_path(text: str, words: Vocabulary) -> tuple[str, Place]:
     """Read state=path."""
     state, equals, path = text.partition("=")
     if not equals or not state or not path:
@@ -226,10 +227,10 @@ def _state_and_path(text: str, words: Vocabulary) -> tuple[str, Path]:
         caption(state, AXES[0], words)
     except UsageError as error:
         raise UsageError(f"--volumes {text}: {error}") from None
-    return state, Path(path).expanduser()  # no shell expands a ~ after state=
+    return state, place_of(path)
 
 
-def _names(pairs: Sequence[tuple[str, Path]]) -> list[str]:
+def _names(pairs: Sequence[tuple[str, Place]]) -> list[str]:
     """Name each volume by its file, with its state where two files are called the same."""
     names = [_ascii(path.name.split(".")[0]) for _, path in pairs]
     twice = {name for name, count in Counter(names).items() if count > 1}
@@ -276,11 +277,28 @@ def _guard_voxels(axis: int, voxel_um: tuple[float, float, float] | None, name: 
     return math.ceil(config.guard_um / voxel_um[axis])
 
 
+def _looked_at(source: VolumeSource, config: SliceConfig) -> list[int]:
+    """Return the planes that statistics are made of."""
+    return [z for z in sampled_planes(source.info.shape[0], config.grey) if z not in source.info.bad_planes]
+
+
+def _campaign_window(sources: Sequence[VolumeSource], config: SliceConfig) -> Window:
+    """Estimate one window for all volumes, each with the same weight a plane."""
+    kinds = {source.info.dtype: source.info.path for source in sources}
+    if len(kinds) > 1 or len({source.info.is_inverted for source in sources}) > 1:
+        several = ", ".join(f"{path} is {dtype}" for dtype, path in kinds.items())
+        raise UsageError(f"--window_scope campaign: the volumes differ in type or direction of grey ({several})")
+    planes = (plane for source in sources for _, plane in source.planes(_looked_at(source, config)[:: len(sources)]))
+    return estimate(
+        planes, config=config.grey, is_inverted=sources[0].info.is_inverted, path="the volumes together"
+    ).window
+
+
 def _statistics(
-    source: VolumeSource, config: SliceConfig, cut_axes: Sequence[int]
+    source: VolumeSource, config: SliceConfig, cut_axes: Sequence[int], known: Window | None
 ) -> tuple[WindowEstimate, dict[int, int]]:
     """Estimate the window, and the correlation length along the axes that are cut, from sampled planes."""
-    numbers = sampled_planes(source.info.shape[0])
+    numbers = _looked_at(source, config)
     lines: dict[int, list[NDArray[Any]]] = {}
     every = -(-len(numbers) // _CORRELATION_PLANES)
     measured = cut_axes if config.guard_voxels is None and config.guard_um is None else []
@@ -294,9 +312,8 @@ def _statistics(
                     lines.setdefault(axis, []).append(thinned)
             yield plane
 
-    window = estimate(
-        planes(), percentiles=config.window_percentile, is_inverted=source.info.is_inverted, path=source.info.path
-    )
+    info = source.info
+    window = estimate(planes(), config=config.grey, is_inverted=info.is_inverted, window=known, path=info.path)
     if 0 in measured:
         # Along the planes' own axis neighbours are on different planes: all are read once more, thinned.
         step = max(1, source.info.shape[1] * source.info.shape[2] // (_CORRELATION_PLANES * _CORRELATION_LINES))
@@ -462,7 +479,9 @@ def buffer_budget(info: VolumeInfo, config: SliceConfig) -> int:
     z, y, x = info.shape
     one_slice = max(z * y, z * x)
     # Slices that wait for an encoder are padded and filtered there; they keep the block they were gathered in.
-    reserved = _BASE_BYTES + _COPIES_OF_A_PLANE * y * x + 3 * queue_length(config) * max(one_slice, y * x)
+    reserved = (
+        _BASE_BYTES + info.slab_bytes + _COPIES_OF_A_PLANE * y * x + 3 * queue_length(config) * max(one_slice, y * x)
+    )
     left = total - reserved
     if left < 2 * one_slice:
         needed = math.ceil(10 * (reserved + 2 * one_slice) / _GB) / 10

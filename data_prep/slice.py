@@ -34,9 +34,10 @@ from prompts.vocabulary import DEFAULT, Vocabulary, read_vocabulary
 # Where things lie and how fast they are made is no property of the data.
 _LOCAL_OPTIONS = {
     "volumes", "output_dir", "overwrite", "vocabulary", "memory_gb", "workers", "processes", "scheduler", "dry_run",
-    "caption_tokenizer",
+    "caption_tokenizer", "window_manifest",
 }  # fmt: skip
 _GB = 10**9
+_CLIPPED = 0.1  # share of the voxels outside the window that nobody asks for
 _LISTED_CAPTIONS = 20
 
 
@@ -252,8 +253,15 @@ def _warnings(plans: Sequence[Plan], config: SliceConfig) -> list[str]:
             f"{volume.name}: {count} {axis} tiles are larger than their slice and padded by reflection"
             for axis, count in padded.items()
         ]
-        if volume.window.non_finite > 0:
-            found.append(f"{volume.name}: {volume.window.non_finite:.1%} of the voxels are not finite and become black")
+        window = volume.window
+        if window.non_finite > 0:
+            grey = "black" if window.window.fill == 0 else f"grey level {window.window.fill}"
+            found.append(f"{volume.name}: {window.non_finite:.1%} of the voxels are not finite and become {grey}")
+        if window.clipped_low + window.clipped_high > _CLIPPED:
+            found.append(
+                f"{volume.name}: {window.clipped_low:.1%} of the voxels lie below the window and "
+                f"{window.clipped_high:.1%} above it; check --window"
+            )
     if config.split == "index":
         found.append(
             "--split index: slices of different directions cross, so held-out slices share lines of voxels with those "
