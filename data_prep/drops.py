@@ -57,9 +57,9 @@ def drops_of(plan: Plan, found: Found, config: SliceConfig) -> Drops:
     for split, name in planned:
         if not stays[split, name]:
             raise NothingLeftError(
-                f"no {name} picture of volume '{volume.name}' is left in {split}: of {planned[split, name]}, the "
-                f"filters find {blank[name]} blank (--blank_below {filters.blank_below:g}) and "
-                f"{len(same[name])} slices like their neighbour (--dedupe_above {filters.dedupe_above:g}); move these or leave a filter out"
+                f"no {name} picture of volume '{volume.name}' is left in {split}, of {planned[split, name]}: "
+                f"{blank[name]} are blank (--blank_below {filters.blank_below:g}), {len(same[name])} slices are like "
+                f"their neighbour (--dedupe_above {filters.dedupe_above:g}); move these or leave a filter out"
             )
     reasons = _not_taken(plan, config)
     if filters.drop_blank:

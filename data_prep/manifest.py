@@ -356,7 +356,9 @@ def sha256_of(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def write_card(dataset: Path, *, body: str, splits: Iterable[str], num_pictures: int) -> None:
+def write_card(
+    dataset: Path, *, body: str, splits: Iterable[str], num_pictures: int, endings: Sequence[str] = (".png",)
+) -> None:
     """Write ``README.md``, the card that tells a loader which files belong to which split.
 
     The globs are explicit: without them a loader may take captions in text files for the data set itself.
@@ -374,5 +376,6 @@ def write_card(dataset: Path, *, body: str, splits: Iterable[str], num_pictures:
     ]
     front += ["- config_name: default", "  data_files:"]
     for split in splits:
-        front += [f"  - split: {split}", "    path:", f'    - "{split}/*.png"', f'    - "{split}/{METADATA_NAME}"']
+        pictures = [f'    - "{split}/*{ending}"' for ending in endings]
+        front += [f"  - split: {split}", "    path:", *pictures, f'    - "{split}/{METADATA_NAME}"']
     (dataset / "README.md").write_text("\n".join([*front, "---", "", body]), encoding="utf-8")

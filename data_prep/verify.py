@@ -2,13 +2,17 @@
 
     python -m data_prep.verify data/weave
 
-Works on any folder with ``train/metadata.jsonl`` (and ``validation/metadata.jsonl``), or with ``metadata.jsonl`` beside
-the pictures. Boxes are compared where the rows have them.
+Works on any folder of pictures with captions, whoever made it: in ``metadata.jsonl`` or ``metadata.csv``, or in a text
+file beside each picture; one folder per split, or one alone. Boxes are compared where the rows have them; without them
+a leak between the splits cannot be excluded, and the verdict says so.
 """
 
 from __future__ import annotations
 
+import csv
 import hashlib
+import re
+import tempfile
 import warnings
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
@@ -20,13 +24,16 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from configs.errors import InputError
+from configs.errors import InputError, UsageError
 from configs.load import Positional, command, one_line
 from data_prep.manifest import MANIFEST_NAME, METADATA_NAME, is_box, is_inside, is_storable, read_manifest, read_records
 
-_PICTURES = {".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff"}
+PICTURES = {".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff"}
 _MODES = {"L", "RGB"}
 _LISTED = 20
+_CSV_NAME = "metadata.csv"
+_LARGEST_CAPTION = 100_000  # bytes
+_SPLIT_NAME = re.compile(r"(train|test|val|valid|validation|dev|eval)[-_. ]", re.IGNORECASE)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,6 +42,10 @@ class VerifyConfig:
 
     dataset: Positional[Path]
     """Folder of the dataset, or of one split."""
+    load: bool = False
+    """Load it with the library datasets, whole and streamed, and compare the number of rows and the captions."""
+    dry_run: bool = False
+    """Say what would be checked and stop."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,10 +55,12 @@ class Verdict:
     Attributes:
         problems: a line each; empty if the folder can be trained on.
         counts: pictures by split.
+        leak: what is known of voxels in two splits.
     """
 
     problems: tuple[str, ...]
     counts: dict[str, int]
+    leak: str
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,13 +84,12 @@ def verify(dataset: Path, *, decode: bool = True) -> Verdict:
             is enough for pictures that one encoder has just written.
 
     Raises:
-        InputError: there is no ``metadata.jsonl`` to begin with, or one, or ``manifest.json``, is not readable.
+        InputError: there are no captions to begin with, or a file of them, or ``manifest.json``, is not readable.
     """
-    folders = _split_folders(dataset)
-    if (dataset / MANIFEST_NAME).exists():
-        read_manifest(dataset)
-    problems: list[str] = []
-    records = {split: [record for _, record in read_records(path / METADATA_NAME)] for split, path in folders.items()}
+    folders = split_folders(dataset)
+    manifest = read_manifest(dataset) if (dataset / MANIFEST_NAME).exists() else {}
+    records = {split: captioned(path) for split, path in folders.items()}
+    problems = _trap_problems(dataset, folders)
     problems += _column_problems(records)
     pictures: list[_Picture] = []
     for split, path in folders.items():
@@ -90,23 +102,110 @@ def verify(dataset: Path, *, decode: bool = True) -> Verdict:
     problems += [f"{picture.split}/{picture.name}: {picture.problem}" for picture in pictures if picture.problem]
     problems += _size_problems(pictures, records)
     problems += _duplicate_problems(pictures, folders)
-    problems += _overlap_problems(records)
-    return Verdict(problems=tuple(problems), counts={split: len(rows) for split, rows in records.items()})
+    options = manifest.get("options")
+    by_axis = isinstance(options, dict) and options.get("split") == "index"
+    problems += _overlap_problems(records, by_axis=by_axis)
+    counts = {split: len(rows) for split, rows in records.items()}
+    return Verdict(problems=tuple(problems), counts=counts, leak=_leak(records, by_axis))
 
 
-def _split_folders(dataset: Path) -> dict[str, Path]:
-    """Find the folders with rows."""
+def _leak(records: dict[str, list[dict[str, object]]], by_axis: bool) -> str:
+    """Say what the comparison of boxes is worth."""
+    if len(records) < 2:
+        return "one split only"
+    if not all(is_box(record.get("box")) and "volume" in record for rows in records.values() for record in rows):
+        return "leak unchecked: not every row has the volume and box it was cut from"
+    if by_axis:
+        return "split by index: slices of different directions cross and share lines of voxels"
+    return "no voxel is in two splits"
+
+
+def split_folders(dataset: Path) -> dict[str, Path]:
+    """Find the folders of captioned pictures, by split.
+
+    Raises:
+        InputError: there are none.
+    """
     if not dataset.is_dir():
         is_file = dataset.is_file()
         raise InputError(
             f"{dataset}: {'is a file; name the folder it is in' if is_file else 'there is no such folder'}"
         )
-    if (dataset / METADATA_NAME).is_file() and not (dataset / "train").is_dir():
-        return {dataset.name: dataset}
-    folders = {path.parent.name: path.parent for path in sorted(dataset.glob(f"*/{METADATA_NAME}"))}
-    if not folders:
-        raise InputError(f"{dataset}: no {METADATA_NAME} in it, nor in the folder of a split; captions come from there")
-    return folders
+    children = sorted(path for path in dataset.iterdir() if path.is_dir() and not path.name.startswith("."))
+    for names in ((METADATA_NAME, _CSV_NAME), ()):
+        if _has_captions(dataset, names) and not (dataset / "train").is_dir():
+            return {dataset.resolve().name: dataset}
+        if folders := {path.name: path for path in children if _has_captions(path, names)}:
+            return folders
+    raise InputError(
+        f"{dataset}: no {METADATA_NAME} in it, nor in the folder of a split, and no text beside the pictures; captions "
+        "come from there; python -m data_prep.images makes them"
+    )
+
+
+def _has_captions(folder: Path, names: Sequence[str]) -> bool:
+    """Return whether a folder has one of the files, or, without any named, pictures with text beside them."""
+    if names:
+        return any((folder / name).is_file() for name in names)
+    return any(path.with_suffix(".txt").is_file() for path in folder.iterdir() if path.suffix.lower() in PICTURES)
+
+
+def captioned(folder: Path) -> list[dict[str, object]]:
+    """Read the rows of one folder: from ``metadata.jsonl``, ``metadata.csv`` or the text beside each picture.
+
+    Raises:
+        InputError: the file is not readable.
+    """
+    if (folder / METADATA_NAME).is_file():
+        return [record for _, record in read_records(folder / METADATA_NAME)]
+    try:
+        if (folder / _CSV_NAME).is_file():
+            with (folder / _CSV_NAME).open(encoding="utf-8-sig", newline="") as file:
+                rows = [{str(name): value for name, value in row.items()} for row in csv.DictReader(file)]
+            return [{name: row[name] for name in ("file_name", "text") if name in row} for row in rows]
+        return [
+            {"file_name": path.name, "text": _first_line(path.with_suffix(".txt"))}
+            for path in sorted(folder.iterdir())
+            if path.suffix.lower() in PICTURES
+        ]
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise InputError(f"{folder}: captions are not readable ({one_line(str(error))[:100]})") from None
+
+
+def _first_line(path: Path) -> str:
+    """Return the caption in a text file, empty if there is no file."""
+    if not path.is_file():
+        return ""
+    if path.stat().st_size > _LARGEST_CAPTION:
+        raise InputError(f"{path}: has more than {_LARGEST_CAPTION} bytes; a caption is one line")
+    return path.read_text(encoding="utf-8-sig").rstrip("\n")
+
+
+def _trap_problems(dataset: Path, folders: dict[str, Path]) -> list[str]:
+    """Find layouts that loaders read as something else."""
+    problems = []
+    if dataset not in folders.values() and any((dataset / name).is_file() for name in (METADATA_NAME, _CSV_NAME)):
+        problems.append(
+            f"{METADATA_NAME} lies above the folders of the splits, where loaders ignore it; put one into each folder"
+        )
+    has_card = (dataset / "README.md").is_file() and "data_files" in (dataset / "README.md").read_text(
+        "utf-8", "replace"
+    )
+    for split, folder in folders.items():
+        if sum((folder / name).is_file() for name in (METADATA_NAME, _CSV_NAME, "metadata.parquet")) > 1:
+            problems.append(f"{split}: more than one file of metadata; loaders refuse that")
+        names = [path.name for path in folder.iterdir() if path.is_file()]
+        num_texts = sum(name.endswith(".txt") for name in names)
+        num_pictures = sum(Path(name).suffix.lower() in PICTURES for name in names)
+        if (folder / METADATA_NAME).is_file() and num_texts >= num_pictures > 0 and not has_card:
+            problems.append(
+                f"{split}: as many text files as pictures and no card that names the files; loaders take the text for "
+                "the data set; add README.md with a 'configs' block"
+            )
+        trapped = next((name for name in names if folder == dataset and _SPLIT_NAME.match(name)), None)
+        if trapped is not None and Path(trapped).suffix.lower() in PICTURES:
+            problems.append(f"{trapped}: begins like the name of a split; loaders would take it for one, alone")
+    return problems
 
 
 def _check_rows(split: str, folder: Path, records: Sequence[dict[str, object]]) -> tuple[list[str], list[str]]:
@@ -136,7 +235,7 @@ def _check_rows(split: str, folder: Path, records: Sequence[dict[str, object]]) 
             for column, value in record.items()
             if not all(map(is_storable, value if isinstance(value, list) else [value]))
         ]
-    on_disk = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.suffix.lower() in _PICTURES}
+    on_disk = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.suffix.lower() in PICTURES}
     problems += [f"{split}/{name}: a picture without a row in {METADATA_NAME}" for name in sorted(on_disk - listed)]
     return names, problems
 
@@ -211,16 +310,17 @@ def _is_flat(path: Path) -> bool:
         return bool(np.ptp(np.asarray(image)) == 0)
 
 
-def _overlap_problems(records: dict[str, list[dict[str, object]]]) -> list[str]:
-    """Find volumes of which a voxel is in boxes of two splits."""
+def _overlap_problems(records: dict[str, list[dict[str, object]]], *, by_axis: bool) -> list[str]:
+    """Find volumes of which a voxel is in boxes of two splits; ``by_axis`` compares slices of one direction only."""
     names: dict[tuple[str, str], list[object]] = defaultdict(list)
     boxes: dict[tuple[str, str], list[Any]] = defaultdict(list)
     for split, rows in records.items():
         for record in rows:
             box = record.get("box")
             if is_box(box) and isinstance(record.get("volume"), str):
-                names[str(record["volume"]), split].append(record.get("file_name"))
-                boxes[str(record["volume"]), split].append(box)
+                volume = f"{record['volume']} {record.get('axis')}" if by_axis else str(record["volume"])
+                names[volume, split].append(record.get("file_name"))
+                boxes[volume, split].append(box)
     problems = []
     for volume in sorted({volume for volume, _ in boxes}):
         splits = [split for split in records if (volume, split) in boxes]
@@ -246,17 +346,52 @@ def _first_overlap(boxes: np.ndarray[Any, Any], others: np.ndarray[Any, Any]) ->
     return None
 
 
+def _load_problems(dataset: Path, folders: dict[str, Path], cache: Path) -> list[str]:
+    """Load the folder as trainers do, whole and streamed, and compare what arrives with the rows."""
+    try:
+        import datasets
+    except ImportError:
+        raise UsageError("--load: needs the package datasets; install it with: pip install datasets") from None
+    problems = []
+    datasets.disable_progress_bars()
+    for split, folder in folders.items():
+        texts = sorted(str(record.get("text")) for record in captioned(folder))
+        for how, streaming in (("whole", False), ("streamed", True)):
+            try:
+                loaded = datasets.load_dataset(
+                    "imagefolder", data_dir=str(folder), split="train", streaming=streaming, cache_dir=str(cache)
+                )
+                found = sorted(str(row.get("text")) for row in loaded.remove_columns("image"))
+            # Whatever the library raises, a trainer would meet it too.
+            except Exception as error:
+                problems.append(f"{split}: datasets cannot load it {how} ({one_line(str(error))[:200]})")
+                continue
+            if found != texts:
+                problems.append(
+                    f"{split}: datasets loads {len(found)} captions {how}, other than the {len(texts)} here"
+                )
+    return problems
+
+
 def main(config: VerifyConfig) -> None:
     """Check the folder, print what was found, and fail if anything was."""
+    if config.dry_run:
+        folders = split_folders(config.dataset)
+        print(f"dry run: would check {', '.join(f'{split} in {path}' for split, path in folders.items())}")
+        return
     verdict = verify(config.dataset)
-    for problem in verdict.problems[:_LISTED]:
+    problems = list(verdict.problems)
+    if config.load and not problems:
+        with tempfile.TemporaryDirectory(prefix="verify-") as cache:
+            problems += _load_problems(config.dataset, split_folders(config.dataset), Path(cache))
+    for problem in problems[:_LISTED]:
         print(one_line(problem))
-    if len(verdict.problems) > _LISTED:
-        print(f"... and {len(verdict.problems) - _LISTED} more")
-    if verdict.problems:
-        raise InputError(f"{config.dataset}: {len(verdict.problems)} problems, listed above")
+    if len(problems) > _LISTED:
+        print(f"... and {len(problems) - _LISTED} more")
+    if problems:
+        raise InputError(f"{config.dataset}: {len(problems)} problems, listed above")
     counts = ", ".join(f"{split} {count}" for split, count in verdict.counts.items())
-    print(f"{config.dataset}: nothing wrong ({counts} pictures)")
+    print(f"{config.dataset}: nothing wrong ({counts} pictures); {verdict.leak}")
 
 
 if __name__ == "__main__":
