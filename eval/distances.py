@@ -316,7 +316,8 @@ def _draw_weights(sample: Sample, draws: int, generator: np.random.Generator) ->
         members = np.flatnonzero(sample.strata == stratum)
         names, index = np.unique(sample.blocks[members], return_inverse=True)
         chosen = generator.integers(len(names), size=(draws, len(names)))
-        multiplicity = np.equal.outer(chosen, np.arange(len(names))).sum(axis=1)  # (draws, blocks)
+        places = chosen + len(names) * np.arange(draws)[:, None]
+        multiplicity = np.bincount(places.ravel(), minlength=draws * len(names)).reshape(draws, -1)  # (draws, blocks)
         weights[:, members] = multiplicity[:, index]
     return weights
 

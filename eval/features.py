@@ -106,6 +106,17 @@ def to_grey(image: Grey) -> Grey:
     return image if image.ndim == 2 else np.rint(image.mean(axis=-1)).astype(np.uint8)
 
 
+def cover(picture: Grey, size: tuple[int, int]) -> Grey:
+    """Return a picture as training sees it: resized until (height, width) is covered, and its centre cut out."""
+    height, width = picture.shape
+    scale = max(size[0] / height, size[1] / width)
+    if scale != 1:
+        resized = resize(picture, max(size[0], round(height * scale)), max(size[1], round(width * scale)))
+        picture = resized.clip(0, 255).round().astype(np.uint8)
+    row, column = ((have - want) // 2 for have, want in zip(picture.shape, size, strict=True))
+    return picture[row : row + size[0], column : column + size[1]]
+
+
 def tile_corners(height: int, width: int, tile: int) -> list[tuple[int, int]]:
     """Return the upper left corners of the fewest evenly spread tiles that cover a picture; neighbours may overlap.
 

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from configs.errors import InputError
 from data_prep.manifest import is_inside, read_records
-from eval.features import Grey, read_grey, resize, to_grey
+from eval.features import Grey, cover, read_grey, to_grey
 from eval.sampling import decode, evaluating
 from finetune.core.models import Models
 
@@ -148,7 +148,7 @@ def read_slices(split: Path, size: tuple[int, int], *, limit: int, seed: int = 0
         for _, paths in sorted(by_caption.items())
         for index in sorted(random.choice(len(paths), min(each, len(paths)), replace=False))
     ]
-    return [_cover(read_grey(path), size) for path in chosen[:limit]]
+    return [cover(read_grey(path), size) for path in chosen[:limit]]
 
 
 @torch.no_grad()
@@ -162,17 +162,6 @@ def round_trip(models: Models, slices: Sequence[Grey], *, batch_size: int = 16) 
             latents.append(posterior.mean * models.vae.config.scaling_factor)
     requests = [("VAE round trip of a slice", index) for index in range(len(slices))]
     return [to_grey(picture) for picture in decode(models, torch.cat(latents), requests, batch_size=batch_size)]
-
-
-def _cover(picture: Grey, size: tuple[int, int]) -> Grey:
-    """Resize until ``size`` is covered, and cut its centre out."""
-    height, width = picture.shape
-    scale = max(size[0] / height, size[1] / width)
-    if scale != 1:
-        resized = resize(picture, max(size[0], round(height * scale)), max(size[1], round(width * scale)))
-        picture = resized.clip(0, 255).round().astype(np.uint8)
-    row, column = ((have - want) // 2 for have, want in zip(picture.shape, size, strict=True))
-    return picture[row : row + size[0], column : column + size[1]]
 
 
 def _places(side: int, patch: int) -> NDArray[np.int64]:

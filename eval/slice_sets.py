@@ -47,12 +47,14 @@ class Generated:
         num_other: pictures of other prompts, left out.
         base_model: name of the model as it was typed, empty if the records do not say.
         base_hash: its hash, empty if unknown.
+        adapters: path and strength of each adapter, as the records have them.
     """
 
     pictures: tuple[Picture, ...]
     num_other: int
     base_model: str
     base_hash: str
+    adapters: tuple[tuple[Path, float], ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -132,7 +134,7 @@ def read_generated(folder: Path, real: RealSlices, vocabulary: Vocabulary) -> Ge
     path = folder / RECORDS_NAME
     if not path.is_file():
         raise InputError(f"--generated {folder}: no {RECORDS_NAME}; give a folder written by python -m eval.generate")
-    pictures, other, base = list[Picture](), list[str](), dict[str, object]()
+    pictures, other, base, adapters = list[Picture](), list[str](), dict[str, object](), list[object]()
     for number, record in read_records(path):
         try:
             name, prompt = str(record["file_name"]), str(record["prompt"])
@@ -143,6 +145,8 @@ def read_generated(folder: Path, real: RealSlices, vocabulary: Vocabulary) -> Ge
             raise InputError(f"{path}:{number}: file_name {name!r} leaves its folder")
         named = record.get("base_model")
         base = named if isinstance(named, dict) else base
+        listed = record.get("adapters")
+        adapters = listed if isinstance(listed, list) else adapters
         asked = parse_caption(prompt, vocabulary)
         if asked is None or asked[0] not in real.states or asked[1] not in real.axes:
             other.append(prompt)
@@ -163,7 +167,17 @@ def read_generated(folder: Path, real: RealSlices, vocabulary: Vocabulary) -> Ge
         num_other=len(other),
         base_model=str(base.get("name", "")),
         base_hash=str(base.get("hash", "")),
+        adapters=tuple(
+            (Path(str(item["name"])), float(item.get("scale", 1.0)))
+            for item in adapters
+            if isinstance(item, dict) and "name" in item and isinstance(item.get("scale", 1.0), int | float)
+        ),
     )
+
+
+def split_cuts(real: RealSlices, split: str, tile: int) -> list[Cut]:
+    """Return every tile of one split, ``train`` or ``validation``."""
+    return _cuts_of(real, split, real.train if split == "train" else real.validation, tile)
 
 
 def real_cuts(real: RealSlices, tile: int) -> RealCuts:

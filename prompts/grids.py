@@ -42,6 +42,34 @@ def make_grid(prompts: Sequence[str], num_images: int, seed: int) -> Grid:
     return Grid(tuple(dict.fromkeys(prompts)), tuple(range(seed, seed + num_images)))
 
 
+def write_grid(path: Path, grid: Grid) -> None:
+    """Freeze a grid: its prompts, seeds and hash as JSON."""
+    content = {"version": 1, "hash": grid.hash, "prompts": grid.prompts, "seeds": grid.seeds}
+    path.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def read_grid(path: Path) -> Grid:
+    """Read a frozen grid.
+
+    Raises:
+        UsageError: the file is missing, is no grid, or was changed since it was frozen.
+    """
+    where = f"--grid {path}"
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UsageError(f"{where}: not a readable grid ({type(error).__name__})") from None
+    if not isinstance(content, dict) or not isinstance(content.get("prompts"), list):
+        raise UsageError(f"{where}: expected version, hash, prompts and seeds")
+    seeds = content.get("seeds")
+    if not isinstance(seeds, list) or not seeds or not all(type(seed) is int and seed >= 0 for seed in seeds):
+        raise UsageError(f"{where}: seeds must be whole numbers from 0 on")
+    grid = Grid(tuple(checked_prompts(content["prompts"], where)), tuple(seeds))
+    if grid.hash != content.get("hash"):
+        raise UsageError(f"{where}: was changed since it was frozen; make a new one instead")
+    return grid
+
+
 def read_prompts(path: Path) -> list[str]:
     """Read prompts from a text file (one per line, blank lines left out) or a YAML list.
 

@@ -1,4 +1,10 @@
-"""Probe prompts: asked of the base and of the tuned model to see what the tuning changed elsewhere.
+r"""Probe prompts: asked of the base and of the tuned model to see what the tuning changed elsewhere.
+
+    python -m prompts.probes "sf_dry sf_warp" "sf_injected sf_weft" --pretrained_model_name_or_path assets/tiny-sd \
+        --probes tiny --output out/probes.yaml
+
+The command adds the set G1 to a list: everyday prompts for the words that the captions share tokens with, whatever
+the vocabulary.
 
 A probe file names its sets and gives every probe a stable id, by which results are compared over time:
 
@@ -16,14 +22,18 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import shlex
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import yaml
 
 from configs.errors import UsageError
+from configs.load import Positional, command
 
 FOLDER = Path(__file__).with_name("probes")
+EVERYDAY = Path(__file__).with_name("everyday_words.yaml")
 LONGEST_PROMPT = 1000
 MOST_PROBES = 1000
 NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_-]{0,63}")  # set names and ids become file names
@@ -94,6 +104,92 @@ def checked_prompts(prompts: list[object], where: str) -> list[str]:
     return [str(prompt) for prompt in prompts]
 
 
+def shared_words(captions: Sequence[str], pieces: Sequence[str]) -> list[str]:
+    """Return what captions share with everyday language: their words, prefixes and known pieces, each once.
+
+    Args:
+        captions: of the training slices.
+        pieces: what the model's tokenizer makes of them, without its end-of-word marks; empty if it is not known.
+    """
+    words = [word.lower() for caption in captions for word in re.findall(r"[A-Za-z]+", caption)]
+    return list(dict.fromkeys([*words, *(piece.lower() for piece in pieces if piece.isalpha() and len(piece) > 1)]))
+
+
+def shared_token_probes(captions: Sequence[str], pieces: Sequence[str] = (), known: Sequence[str] = ()) -> list[Probe]:
+    """Return the set G1: everyday prompts for the words whose tokens the captions train.
+
+    Args:
+        captions: of the training slices, such as ``sf_dry sf_warp``.
+        pieces: what the model's tokenizer makes of them, without its end-of-word marks.
+        known: those that are whole words of its vocabulary; one the table lacks is asked as ``a photo of WORD``.
+    """
+    table = yaml.safe_load(EVERYDAY.read_text(encoding="utf-8"))
+    found: dict[str, Probe] = {}
+    for word in shared_words(captions, pieces):
+        prompts: Mapping[str, str] = table.get(word) or (
+            {f"word-{word}": f"a photo of {word}"} if word in known else {}
+        )
+        for key, prompt in prompts.items():
+            found.setdefault(key, Probe(id=key, prompt=prompt, set="G1"))
+    return list(found.values())
+
+
+def write_probes(path: Path, probes: Sequence[Probe]) -> None:
+    """Write a probe file that ``read_probes`` reads back."""
+    sets: dict[str, dict[str, dict[str, str]]] = {}
+    for probe in probes:
+        sets.setdefault(probe.set, {"probes": {}})["probes"][probe.id] = probe.prompt
+    content = {"version": 1, "light": [probe.id for probe in probes if probe.is_light], "sets": sets}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(yaml.safe_dump(content, sort_keys=False, allow_unicode=True, width=1000), encoding="utf-8")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProbesConfig:
+    """Settings of ``python -m prompts.probes``."""
+
+    captions: Positional[tuple[str, ...]]
+    """Captions of the training slices."""
+    pretrained_model_name_or_path: str
+    """The model whose tokenizer splits them: a pipeline folder, or a name on the hub."""
+    revision: str | None = None
+    """Branch, tag or commit on the hub."""
+    probes: str = "stable_diffusion"
+    """List to add to: a built-in one (tiny, stable_diffusion, composition), or a probe file. Its own G1 is replaced."""
+    output: Path
+    """The probe file to write."""
+    overwrite: bool = False
+    """Replace it if it is there."""
+
+    def __post_init__(self) -> None:
+        """Refuse no captions, and a file that would not be read as a probe list."""
+        if not self.captions:
+            raise ValueError("CAPTIONS: name at least one caption")
+        if self.output.suffix not in {".yaml", ".yml"}:
+            raise ValueError(f"--output {self.output}: name a file that ends with .yaml")
+
+
+def main(config: ProbesConfig) -> None:
+    """Split the captions, write the list with its own G1, and print what was added."""
+    from prompts.tokens import WORD_END, load_tokenizer, split
+
+    if config.output.exists() and not config.overwrite:
+        raise UsageError(f"--output {config.output}: already exists; name another file or pass --overwrite")
+    tokenizer = load_tokenizer(config.pretrained_model_name_or_path, config.revision)
+    splits = [split(tokenizer, caption) for caption in config.captions]
+    pieces = [piece.removesuffix(WORD_END) for item in splits for piece in item.pieces]
+    known = [word for item in splits for word in item.known_words]
+    others = [probe for probe in read_probes(config.probes) if probe.set != "G1"]
+    taken = {probe.id for probe in others}
+    shared = [probe for probe in shared_token_probes(config.captions, pieces, known) if probe.id not in taken]
+    write_probes(config.output, [*others, *shared])
+    for probe in shared:
+        print(f"{probe.id}: {probe.prompt}")
+    print(f"{config.output}: {len(others)} probes of {config.probes} and {len(shared)} for words the captions share")
+    words = ["--pretrained_model_name_or_path", config.pretrained_model_name_or_path, "--adapter", "runs/lora"]
+    print(f"next: python -m eval.drift {shlex.join([*words, '--probes', str(config.output)])} --output_dir out/drift")
+
+
 def _numbered(prompts: list[str]) -> list[Probe]:
     """Make probes of a plain list."""
     return [Probe(id=f"p{number:03d}", prompt=prompt, set="own") for number, prompt in enumerate(prompts, start=1)]
@@ -127,3 +223,7 @@ def _from_sets(content: object, where: str) -> list[Probe]:
     if light is not None and (not isinstance(light, list) or set(light) - set(ids)):
         raise UsageError(f"{where}: 'light:' must list ids of this file")
     return found
+
+
+if __name__ == "__main__":
+    command(ProbesConfig, main)

@@ -1,14 +1,15 @@
-"""Show how a model's own tokenizer splits prompts, what it does not know, and what it cuts off.
+"""Show how a model's own tokenizer splits prompts, what is a word it knows already, and what it cuts off.
 
     python -m prompts.tokens "sf_dry sf_warp" "sf_injected sf_weft" --pretrained_model_name_or_path assets/tiny-sd
 
-The text encoder sees pieces, not words: captions that share pieces with everyday words will move those words too.
+The text encoder sees pieces, not words: captions that share pieces with everyday words will move those words too. With
+the public vocabulary of CLIP `dtd_honeycombed` is d / td / _ / honey / com / bed, and honey and bed are known words.
 """
 
 from __future__ import annotations
 
 import shlex
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 WORD_END = "</w>"
+SHORTEST_WORD = 3
+"""Letters; shorter pieces are syllables of too many words to mean one."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,12 +34,14 @@ class Split:
         pieces: its tokens without the start and end marks; ``</w>`` closes a word.
         unknown: how many pieces stand for text that the vocabulary does not hold.
         limit: pieces the text encoder reads; the rest is cut off.
+        known_words: pieces that are also whole words of the vocabulary, in the order they occur, each once.
     """
 
     prompt: str
     pieces: tuple[str, ...]
     unknown: int
     limit: int
+    known_words: tuple[str, ...] = ()
 
     @property
     def cut_off(self) -> str:
@@ -47,25 +52,35 @@ class Split:
 def split(tokenizer: PreTrainedTokenizerBase, prompt: str) -> Split:
     """Split a prompt into the pieces of a tokenizer of the CLIP kind."""
     ids = tokenizer(prompt, add_special_tokens=False, verbose=False)["input_ids"]
+    pieces, vocabulary = tuple(tokenizer.convert_ids_to_tokens(ids)), tokenizer.get_vocab()
     return Split(
         prompt=prompt,
-        pieces=tuple(tokenizer.convert_ids_to_tokens(ids)),
+        pieces=pieces,
+        known_words=tuple(dict.fromkeys(word for piece in pieces if (word := known_word(piece, vocabulary)))),
         unknown=sum(index == tokenizer.unk_token_id for index in ids),
         limit=tokenizer.model_max_length - tokenizer.num_special_tokens_to_add(),
     )
 
 
+def known_word(piece: str, vocabulary: Mapping[str, int]) -> str:
+    """Return the everyday word a piece spells, or an empty string: letters only, and a whole word of the vocabulary."""
+    word = piece.removesuffix(WORD_END)
+    is_word = len(word) >= SHORTEST_WORD and word.isalpha() and word.isascii() and word + WORD_END in vocabulary
+    return word if is_word else ""
+
+
 def table(splits: Sequence[Split]) -> str:
-    """Write one line per prompt: number of pieces, the pieces, and what goes wrong."""
-    rows = [("prompt", "pieces", "remark", "split")]
+    """Write one line per prompt: number of pieces, what goes wrong, the words known already, and the pieces."""
+    rows = [("prompt", "pieces", "remark", "known words", "split")]
     for item in splits:
         shown = " | ".join(piece.removesuffix(WORD_END) for piece in item.pieces)
         remarks = [f"{item.unknown} unknown"] if item.unknown else []
         if item.cut_off:
             remarks.append(f"cut off after {item.limit}")
-        rows.append((repr(item.prompt), str(len(item.pieces)), ", ".join(remarks) or "whole", shown))
-    widths = [max(len(row[column]) for row in rows) for column in range(3)]
-    return "\n".join("  ".join([*map(str.ljust, row, widths), row[3]]).rstrip() for row in rows)
+        known = ", ".join(item.known_words) or "none"
+        rows.append((repr(item.prompt), str(len(item.pieces)), ", ".join(remarks) or "whole", known, shown))
+    widths = [max(len(row[column]) for row in rows) for column in range(4)]
+    return "\n".join("  ".join([*map(str.ljust, row, widths), row[4]]).rstrip() for row in rows)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,20 +93,40 @@ class TokensConfig:
     """The model whose tokenizer is asked: a pipeline folder, or a name on the hub."""
     revision: str | None = None
     """Branch, tag or commit on the hub."""
+    num_neighbours: int = 3
+    """Known words nearest to each word of the prompts, in the text encoder's own table; 0 leaves them out."""
 
     def __post_init__(self) -> None:
         """Refuse an empty list."""
         if not self.prompts:
             raise ValueError("PROMPTS: name at least one prompt")
+        if self.num_neighbours < 0:
+            raise ValueError(f"--num_neighbours {self.num_neighbours}: 0 or more")
 
 
 def main(config: TokensConfig) -> None:
-    """Print the table and what to do next."""
+    """Print the table, the words nearest to each word that is in pieces, and what to do next."""
     tokenizer = load_tokenizer(config.pretrained_model_name_or_path, config.revision)
     splits = [split(tokenizer, prompt) for prompt in config.prompts]
     print(table(splits))
+    if config.num_neighbours:
+        print(_neighbours(config, tokenizer))
     words = ["--pretrained_model_name_or_path", config.pretrained_model_name_or_path, "--prompts", *config.prompts]
     print(f"next: python -m eval.generate {shlex.join(words)} --output_dir out/pictures")
+
+
+def _neighbours(config: TokensConfig, tokenizer: PreTrainedTokenizerBase) -> str:
+    """Write, for each word of the prompts, the known words nearest to it."""
+    from prompts.word_vectors import nearest_words, read_word_vectors
+
+    vectors = read_word_vectors(config.pretrained_model_name_or_path, tokenizer, config.revision)
+    if vectors is None:
+        return "nearest words: the model is not on this machine as a folder with safetensors"
+    lines = ["nearest known words, by the cosine of their rows in the text encoder's table:"]
+    for word in dict.fromkeys(word for prompt in config.prompts for word in prompt.split()):
+        near = nearest_words(vectors, tokenizer, word, config.num_neighbours)
+        lines.append(f"  {word}: " + (", ".join(f"{other} {cosine:.2f}" for other, cosine in near) or "none"))
+    return "\n".join(lines)
 
 
 def load_tokenizer(name_or_path: str, revision: str | None = None) -> PreTrainedTokenizerBase:
