@@ -88,6 +88,7 @@ def train_full(opened: Opened, config: FullRun) -> None:
         run,
         num_timesteps=schedule.num_timesteps,
         learns_text=learns_text,
+        balance=config.images.balanced_keys,
     )
     updates = with_prior(
         batches, opened, config.prior, config.pictures, config.noise, learns_text=learns_text, adapts=False

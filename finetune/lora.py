@@ -88,6 +88,7 @@ def train_lora(opened: Opened, config: LoraRun) -> None:
         run,
         num_timesteps=schedule.num_timesteps,
         learns_text=learns_text,
+        balance=config.images.balanced_keys,
     )
     updates = with_prior(
         batches, opened, config.prior, config.pictures, config.noise, learns_text=learns_text, adapts=True

@@ -14,7 +14,7 @@ from torch import Tensor
 from finetune.core.batches import CaptionedBatches, captioned_batches
 from finetune.core.config import ImageFolderConfig, NoiseConfig, PictureConfig, TrainConfig
 from finetune.core.images import read_images
-from finetune.core.latents import Moments
+from finetune.core.latents import CachedLatents, Moments
 from finetune.core.loop import train
 from finetune.core.method_config import LoraConfig
 from finetune.core.models import Denoiser, load_models
@@ -25,6 +25,11 @@ from finetune.core.trainable import lora_adapters
 
 Result = tuple[dict[str, Tensor], list[float]]
 TrainToy = Callable[..., Result]
+
+
+def in_float64(latents: CachedLatents) -> CachedLatents:
+    moments = {shape: Moments(one.mean.double(), one.std.double()) for shape, one in latents.moments.items()}
+    return dataclasses.replace(latents, moments=moments)
 
 
 @pytest.fixture
@@ -51,8 +56,8 @@ def train_toy(toy_sd: Path, captioned_images: Path, tmp_path: Path) -> TrainToy:
         learns = lora_adapters(models, LoraConfig(rank=2), learning_rate=1e-2, seed=0)
         if double:
             models.unet.double()
-            moments = Moments(batches.moments.mean.double(), batches.moments.std.double())
-            batches = dataclasses.replace(batches, moments=moments, prompts=batches.prompts.double())
+            latents = batches.latents and in_float64(batches.latents)
+            batches = dataclasses.replace(batches, latents=latents, prompts=batches.prompts.double())
         loss = partial(denoising_loss, schedule=from_scheduler(models.scheduler.config), snr_gamma=snr_gamma)
         losses = []
         for step in train(run, Denoiser(models.text_encoder, models.unet), learns, change(batches), loss, config):
@@ -95,7 +100,7 @@ def test_another_seed_is_another_run(train_toy: TrainToy) -> None:
 
 def test_latents_from_the_cache_train_as_latents_encoded_each_time(train_toy: TrainToy) -> None:
     cached, _ = train_toy("a")
-    encoded, _ = train_toy("b", change=lambda batches: dataclasses.replace(batches, moments=None))
+    encoded, _ = train_toy("b", change=lambda batches: dataclasses.replace(batches, latents=None))
     # The VAE sees batches of another size, which moves the last bits of its convolutions.
     for name in cached:
         torch.testing.assert_close(cached[name], encoded[name], atol=2e-3, rtol=0)

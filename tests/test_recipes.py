@@ -359,7 +359,7 @@ def test_divergence_leaves_no_weights(train: Train, tmp_path: Path) -> None:
         (["--mixed_precision", "fp16"], UsageError, "--mixed_precision fp16: needs a GPU"),
         (["--report_to", "abacus"], UsageError, "--report_to abacus: must be one of"),
         (["--resume_from_checkpoint", "checkpoint-99"], UsageError, "checkpoint-99: there is no such folder"),
-        (["--random_flip"], UsageError, "--random_flip True: a mirrored slice"),
+        (["--random_flip"], UsageError, "is a slice of axis warp; mirrored it is a slice of another weave"),
         (["--dataset_name", "a/b"], UsageError, "--dataset_name a/b: not read here"),
         (["--no_safe_serialization"], UsageError, "--no_safe_serialization: weights are written as safetensors"),
         (["--rank", "0"], UsageError, "--rank 0: must be above 0"),

@@ -1,30 +1,41 @@
 """What goes into an update: captioned images in a seeded order, each with its own draws.
 
-Position p of the stream is image ``permutation(seed, p // N)[p % N]``. An update takes the next global batch of an
-epoch, short at its end, whatever the number of processes and of forward passes it is cut into.
+Position p of the stream is image ``permutation(seed, p // N)[p % N]``, or, balanced, the next of a group of images. An
+update takes the next global batch of an epoch, short at its end, whatever the number of processes and of forward passes
+it is cut into. Pictures of several shapes may meet in an update; a forward pass has one shape.
 
 Shapes: images N, batch B, captions U, token places L, width D, latents (4, h, w).
 """
 
 from __future__ import annotations
 
+from collections import Counter, defaultdict
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache, lru_cache
 from typing import Protocol
 
-import numpy as np
 import torch
-from PIL import Image, ImageOps
 from torch import Tensor
 
-from configs.errors import InputError, UsageError
+from configs.errors import UsageError
 from finetune.core.config import NoiseConfig, PictureConfig, TrainConfig
+from finetune.core.flips import ways_to_show
 from finetune.core.images import CaptionedImage, raise_together
-from finetune.core.latents import Moments, cache_folder, cached_moments, encode, module_hash, sample
+from finetune.core.latents import CachedLatents, Moments, cached_latents, encode, sample
 from finetune.core.models import Models, encode_prompts, tokenize
 from finetune.core.noise import Draws, counter_seed, draw, permutation
+from finetune.core.pictures import (
+    CENTRE,
+    Picture,
+    Shape,
+    bucket_of,
+    bucket_step,
+    bucket_table,
+    check_decodable,
+    load_pixels,
+    turned_shape,
+)
 from finetune.core.run import Run
 
 
@@ -75,65 +86,27 @@ class Batches(Protocol):
         """Return the update with this number, counted from 0; the same number gives the same tensors."""
 
 
-def prepare_pixels(image: Image.Image, size: int, interpolation: str, crop: Sequence[float] = (0.5, 0.5)) -> np.ndarray:
-    """Resize the shorter side to ``size``, cut a square, and return (3, size, size) float32 in [-1, 1].
-
-    ``crop`` places the square, from 0 (top, left) to 1 (bottom, right); 0.5 is the centre, as torchvision rounds it.
-    """
-    rgb = ImageOps.exif_transpose(image).convert("RGB")
-    short = min(rgb.size)
-    if short != size:
-        columns, rows = (size if side == short else int(size * side / short) for side in rgb.size)
-        rgb = rgb.resize((columns, rows), Image.Resampling[interpolation.upper()])
-    left, top = (round((side - size) * share) for side, share in zip(rgb.size, crop[::-1], strict=True))
-    levels = np.asarray(rgb.crop((left, top, left + size, top + size)), dtype=np.float32)
-    return np.ascontiguousarray(levels.transpose(2, 0, 1)) / np.float32(127.5) - np.float32(1)
-
-
-def _load_pixels(image: CaptionedImage, size: int, interpolation: str, crop: Sequence[float]) -> Tensor:
-    """Decode and prepare one image, or name the one that cannot be decoded."""
-    try:
-        with Image.open(image.path) as opened:
-            return torch.from_numpy(prepare_pixels(opened, size, interpolation, crop))
-    except (OSError, SyntaxError) as error:
-        raise InputError(f"{image.path}: cannot be decoded ({' '.join(str(error).split())})") from None
-
-
-def _load_all(
-    images: list[CaptionedImage], size: int, config: PictureConfig, crops: Sequence[Sequence[float]]
-) -> Tensor:
-    """Decode and prepare several images, in ``dataloader_num_workers`` threads if there are any."""
-
-    def one(image: CaptionedImage, crop: Sequence[float]) -> Tensor:
-        return _load_pixels(image, size, config.image_interpolation_mode, crop)
-
-    if not config.dataloader_num_workers:
-        return torch.stack(list(map(one, images, crops)))
-    with ThreadPoolExecutor(config.dataloader_num_workers) as pool:
-        return torch.stack(list(pool.map(one, images, crops)))
-
-
 @dataclass(frozen=True, kw_only=True)
 class CaptionedBatches:
     """Updates of captioned images; a frozen value, so that an update is a function of its number alone.
 
     Attributes:
-        images: in the order of metadata.jsonl.
-        moments: posterior of each image on the training device, or None: encoded at each use (random crops).
-        size: side of the training pictures, px.
+        pictures: for each image, in the order of its folder, the ways in which it is shown.
+        groups: of places in ``pictures``; each group is shown as often as the others. One group: all of them.
+        latents: what the pictures are encoded to, or None: encoded at each use.
+        size: side of a square picture, px; buckets have about its area.
         prompts: (U + 1, L, D) embeddings, or (U + 1, L) int64 token ids where the text encoder learns, on the training
             device; row 0 belongs to the empty caption.
-        prompt_rows: for each image, the rows of its captions in ``prompts``.
-        shape: of a latent, (4, h, w).
+        prompt_rows: for each caption, its row in ``prompts``.
     """
 
-    images: list[CaptionedImage]
-    moments: Moments | None
+    pictures: list[tuple[Picture, ...]]
+    groups: list[tuple[int, ...]]
+    latents: CachedLatents | None
     models: Models
     size: int
     prompts: Tensor
-    prompt_rows: list[tuple[int, ...]]
-    shape: tuple[int, int, int]
+    prompt_rows: dict[str, int]
     num_timesteps: int
     config: PictureConfig
     noise: NoiseConfig
@@ -144,34 +117,49 @@ class CaptionedBatches:
 
     @property
     def steps_per_epoch(self) -> int:
-        """Optimizer updates in one pass over the images; the last may be short."""
-        return self.train.steps_per_epoch(len(self.images), self.num_processes)
+        """Optimizer updates in as many images as there are; the last may be short."""
+        return self.train.steps_per_epoch(len(self.pictures), self.num_processes)
 
     def update(self, number: int) -> Update:
         """Return this process's share of an update."""
         epoch, within = divmod(number, self.steps_per_epoch)
-        count = len(self.images)
-        order = _order(self.seed, epoch, count)
+        count = len(self.pictures)
         across = self.train.train_batch_size * self.num_processes
         per_update = across * self.train.gradient_accumulation_steps
-        places = range(within * per_update, min((within + 1) * per_update, count))
+        first, last = within * per_update, min((within + 1) * per_update, count)
+        buckets = defaultdict(list)
+        for position in range(epoch * count + first, epoch * count + last):
+            picture = self.shown_at(position)
+            buckets[picture.shape].append((picture, position))
         batches = []
-        for first in range(places.start, places.stop, across):
-            together = range(first, min(first + across, places.stop))
-            mine = together[self.process_index :: self.num_processes]
-            # Every process must enter each forward pass: one with nothing to do takes an image that counts nothing.
-            weight = 1.0 if mine else 0.0
-            rows = [(order[place], epoch * count + place) for place in (mine or together[:1])]
-            batches.append(self._batch(rows, weight))
-        return Update(batches=batches, weight=float(len(places)), num_images=len(places))
+        for shape in sorted(buckets):
+            for start in range(0, len(buckets[shape]), across):
+                together = buckets[shape][start : start + across]
+                mine = together[self.process_index :: self.num_processes]
+                # Every process must enter each forward pass: one with nothing to do takes an image that counts nothing.
+                batches.append(self._batch(mine or together[:1], weight=1.0 if mine else 0.0))
+        return Update(batches=batches, weight=float(last - first), num_images=last - first)
 
-    def _batch(self, rows: list[tuple[int, int]], weight: float) -> Batch:
-        """Gather one forward pass from (image, position) pairs."""
+    def shown_at(self, position: int) -> Picture:
+        """Return the picture at a position of the stream."""
+        if len(self.groups) == 1:
+            image = _turn(self.seed, self.groups[0], position)
+        else:
+            # As many positions in a row as there are groups hold one image of each, in an order of their own.
+            block = position // len(self.groups)
+            group = _turn(counter_seed(self.seed, "groups", 0), range(len(self.groups)), position)
+            image = _turn(counter_seed(self.seed, "group", group), self.groups[group], block)
+        ways = self.pictures[image]
+        return ways[counter_seed(self.seed, "flip", position) % len(ways)]
+
+    def _batch(self, rows: list[tuple[Picture, int]], weight: float) -> Batch:
+        """Gather one forward pass from pictures of one shape and their positions."""
+        shape = rows[0][0].shape
         draws = [
             draw(
                 self.seed,
                 position,
-                shape=self.shape,
+                shape=self._latent_shape(shape),
                 num_timesteps=self.num_timesteps,
                 noise_offset=self.noise.offset,
                 input_perturbation=self.noise.input_perturbation,
@@ -180,40 +168,50 @@ class CaptionedBatches:
             for _, position in rows
         ]
         device = self.prompts.device
-        index = torch.tensor([image for image, _ in rows])
-        prompts = torch.tensor(
-            [0 if one.drop_caption else self._prompt_row(*row) for one, row in zip(draws, rows, strict=True)]
-        )
-        moments = self._moments(index, draws)
+        prompts = [0 if one.drop_caption else self._prompt_row(*row) for one, row in zip(draws, rows, strict=True)]
+        moments = self._moments([picture for picture, _ in rows], draws)
         spread = torch.stack([one.latent_noise for one in draws]).to(device, non_blocking=True)
         return Batch(
             latents=sample(moments.mean, moments.std, spread, self.models.vae.config.scaling_factor),
             noise=torch.stack([one.noise for one in draws]).to(device, non_blocking=True),
             input_noise=torch.stack([one.input_noise for one in draws]).to(device, non_blocking=True),
             timesteps=torch.tensor([one.timestep for one in draws]).to(device, non_blocking=True),
-            prompts=self.prompts[prompts.to(device)],
+            prompts=self.prompts[torch.tensor(prompts, device=device)],
             weights=torch.full((len(rows),), weight, device=device),
-            names=tuple(self.images[image].path.name for image, _ in rows),
+            names=tuple(picture.image.path.name for picture, _ in rows),
             positions=tuple(position for _, position in rows),
         )
 
-    def _prompt_row(self, image: int, position: int) -> int:
-        """Return the row of the caption that this image comes with at this position."""
-        rows = self.prompt_rows[image]
-        return rows[counter_seed(self.seed, "caption", position) % len(rows)]
+    def _latent_shape(self, shape: Shape) -> tuple[int, int, int]:
+        """Return the shape of a picture's latents, (4, h, w)."""
+        factor = self.models.vae_scale_factor
+        return int(self.models.unet.config.in_channels), shape[0] // factor, shape[1] // factor
 
-    def _moments(self, index: Tensor, draws: list[Draws]) -> Moments:
-        """Return the posterior of some images, from the cache or, with random crops, from the VAE."""
-        if self.moments is not None:
-            index = index.to(self.moments.mean.device)
-            return Moments(self.moments.mean[index], self.moments.std[index])
-        chosen = [self.images[image] for image in index.tolist()]
-        return encode(self.models.vae, _load_all(chosen, self.size, self.config, [one.crop.tolist() for one in draws]))
+    def _prompt_row(self, picture: Picture, position: int) -> int:
+        """Return the row of the caption that a picture comes with at this position."""
+        return self.prompt_rows[picture.captions[counter_seed(self.seed, "caption", position) % len(picture.captions)]]
+
+    def _moments(self, pictures: list[Picture], draws: list[Draws]) -> Moments:
+        """Return the posterior of some pictures, from the cache or from the VAE."""
+        if self.latents is None:
+            places = [one.crop.tolist() if self.config.crops_at_random else CENTRE for one in draws]
+            return encode(self.models.vae, load_pixels(pictures, places, self.config))
+        keys = []
+        for picture, one in zip(pictures, draws, strict=True):
+            places = picture.places(self.config.cache_crops)
+            keys.append(picture.key(places[int(float(one.crop[0]) * len(places))]))
+        return self.latents.of(pictures[0].shape, keys, self.prompts.device)
 
 
-@lru_cache(maxsize=2)
+def _turn(seed: int, members: Sequence[int], number: int) -> int:
+    """Return which of some members has its turn at this number; each comes once in a round, in a seeded order."""
+    turn, place = divmod(number, len(members))
+    return members[_order(seed, turn, len(members))[place]]
+
+
+@lru_cache(maxsize=128)
 def _order(seed: int, epoch: int, length: int) -> list[int]:
-    """Return the images of an epoch in order; asked for once per update."""
+    """Return the order of a round; asked for once per image."""
     return permutation(seed, epoch, length).tolist()
 
 
@@ -226,37 +224,46 @@ def captioned_batches(
     *,
     num_timesteps: int,
     learns_text: bool = False,
+    balance: Sequence[str] = (),
 ) -> CaptionedBatches:
-    """Encode images and captions, once each, and return the updates they make.
+    """Encode images and captions, once each, and return the updates they make; say how images become pictures.
 
-    Where the text encoder or rows of its tokens learn (``learns_text``), captions are only turned into token ids.
+    Args:
+        images: that passed the checks.
+        models: encode pictures and captions.
+        config: how images become pictures.
+        noise: how they are made noisy.
+        run: its seed, processes and folder.
+        num_timesteps: of the noise schedule.
+        learns_text: the text encoder, or rows of its tokens, learn: captions are only turned into token ids.
+        balance: columns of the images; every combination of their values comes equally often.
 
     Raises:
-        UsageError: a resolution that the VAE cannot give back, or a pipeline not generate.
-        InputError: an image that does not decode, or a caption longer than the text encoder reads, with its file.
+        UsageError: a resolution that the VAE cannot give back, or a pipeline not generate; a flip that makes a caption
+            untrue; a column to balance that is not there.
+        InputError: images that do not decode, or captions longer than the text encoder reads, with their files.
     """
-    size = config.resolution or models.size_px
-    multiple = max(8, models.vae_scale_factor)  # 8: pipelines generate no other sizes, whatever the VAE
-    if size % multiple:
-        near = max(1, size // multiple) * multiple
-        raise UsageError(f"--resolution {size}: must be a multiple of {multiple}, such as {near}")
-    _check_captions(images, models)
-    captions = sorted({caption for image in images for caption in image.captions})
-    rows = {caption: row for row, caption in enumerate(captions, start=1)}
-    cell = size // models.vae_scale_factor
-    device = run.accelerator.device
-    moments = None
-    if config.center_crop or all(_is_square(image) for image in images):
-        moments = _cached(images, models, config, size, run)
-        moments = Moments(moments.mean.to(device), moments.std.to(device))
+    pictures = make_pictures(images, models, config)
+    flat = [picture for ways in pictures for picture in ways]
+    groups = _groups(images, balance)
+    _check_captions(flat, models)
+    captions = sorted({caption for picture in flat for caption in picture.captions})
+    run.say(bucket_table(flat))
+    if balance:
+        run.say(balance_table(images, groups))
+    latents = None
+    if config.cache_crops or not config.crops_at_random or all(one.resized == one.shape for one in flat):
+        latents = cached_latents(flat, models.vae, config, run)
+    else:
+        check_decodable(images, config)
     return CaptionedBatches(
-        images=images,
-        moments=moments,
+        pictures=pictures,
+        groups=groups,
+        latents=latents,
         models=models,
-        size=size,
-        prompts=(tokenize if learns_text else encode_prompts)(models, ["", *captions]).to(device),
-        prompt_rows=[tuple(rows[caption] for caption in image.captions) for image in images],
-        shape=(int(models.unet.config.in_channels), cell, cell),
+        size=config.resolution or models.size_px,
+        prompts=(tokenize if learns_text else encode_prompts)(models, ["", *captions]).to(run.accelerator.device),
+        prompt_rows={caption: row for row, caption in enumerate(captions, start=1)},
         num_timesteps=num_timesteps,
         config=config,
         noise=noise,
@@ -267,10 +274,38 @@ def captioned_batches(
     )
 
 
-def _check_captions(images: list[CaptionedImage], models: Models) -> None:
+def make_pictures(images: Sequence[CaptionedImage], models: Models, config: PictureConfig) -> list[tuple[Picture, ...]]:
+    """Return for each image the ways in which it is shown: flips, and the shape of each.
+
+    Raises:
+        UsageError: as ``captioned_batches``.
+    """
+    size = config.resolution or models.size_px
+    multiple = max(8, models.vae_scale_factor)  # 8: pipelines generate no other sizes, whatever the VAE
+    if size % multiple:
+        near = max(1, size // multiple) * multiple
+        raise UsageError(f"--resolution {size}: must be a multiple of {multiple}, such as {near}")
+    step = config.bucket_step or bucket_step(size, multiple)
+    if step % multiple or step > size:
+        raise UsageError(f"--bucket_step {step}: must be a multiple of {multiple}, and at most {size}")
+
+    @cache
+    def shape_of(image: Shape) -> Shape:
+        return bucket_of(image, size, step) if config.buckets else (size, size)
+
+    return [
+        tuple(
+            Picture(image=image, turn=turn, captions=captions, shape=shape_of(turned_shape(image, turn)))
+            for turn, captions in ways
+        )
+        for image, ways in zip(images, ways_to_show(images, config), strict=True)
+    ]
+
+
+def _check_captions(pictures: Sequence[Picture], models: Models) -> None:
     """Refuse captions that the text encoder would cut."""
     limit = models.tokenizer.model_max_length
-    unique = {caption: image for image in reversed(images) for caption in image.captions}
+    unique = {caption: picture.image for picture in reversed(pictures) for caption in picture.captions}
     lengths = [len(ids) for ids in models.tokenizer(list(unique)).input_ids]
     raise_together(
         [
@@ -281,21 +316,26 @@ def _check_captions(images: list[CaptionedImage], models: Models) -> None:
     )
 
 
-def _is_square(image: CaptionedImage) -> bool:
-    """Tell whether a random crop of this image is always the whole of it."""
-    return image.width == image.height
+def _groups(images: Sequence[CaptionedImage], balance: Sequence[str]) -> list[tuple[int, ...]]:
+    """Return the places of images that share the values of some columns, group by group; all in one without columns."""
+    groups = defaultdict(list)
+    for place, image in enumerate(images):
+        if missing := [key for key in balance if key not in image.columns]:
+            keys = ", ".join(image.columns) or "none"
+            raise UsageError(f"--balance {missing[0]}: {image.where} has no such key; its keys: {keys}")
+        groups[tuple(image.columns[key] for key in balance)].append(place)
+    return [tuple(groups[values]) for values in sorted(groups)]
 
 
-def _cached(images: list[CaptionedImage], models: Models, config: PictureConfig, size: int, run: Run) -> Moments:
-    """Return the posteriors from the cache; other processes wait for the first one to fill it."""
-    root = config.latent_cache_dir or run.folder / "cache"
-    preprocessing = {"size": size, "interpolation": config.image_interpolation_mode, "crop": "center"}
-    folder = cache_folder(root, module_hash(models.vae), preprocessing)
-
-    def pixels(places: Sequence[int]) -> Tensor:
-        return _load_all([images[place] for place in places], size, config, [(0.5, 0.5)] * len(places))
-
-    with run.accelerator.main_process_first():
-        moments, encoded = cached_moments(folder, [image.content for image in images], pixels, models.vae)
-    run.say(f"latents: {encoded} images encoded, {len(images) - encoded} from {root}")
-    return moments
+def balance_table(images: Sequence[CaptionedImage], groups: Sequence[Sequence[int]]) -> str:
+    """Return a table of captions: how many images have each, and how often an epoch shows it on average."""
+    share = len(images) / len(groups)
+    counts = Counter(image.caption for image in images)
+    shown: dict[str, float] = defaultdict(float)
+    for group in groups:
+        for place in group:
+            shown[images[place].caption] += share / len(group)
+    width = max(map(len, counts))
+    lines = [f"  {'caption'.ljust(width)}  images  shown an epoch"]
+    lines += [f"  {caption.ljust(width)}  {counts[caption]:6}  {shown[caption]:14.1f}" for caption in sorted(counts)]
+    return "\n".join(lines)

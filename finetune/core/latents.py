@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,11 +20,18 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from configs.errors import InputError
+from finetune.core.config import PictureConfig
+from finetune.core.pictures import Picture, Place, Shape, check_decodable, load_pixels
+
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL
 
+    from finetune.core.run import Run
+
 _SHARD = 512  # images in a file of the cache: few files, and an interrupted run loses little
 _BATCH = 16  # images encoded together
+_MOST_ON_DEVICE = 4 << 30  # bytes of latents kept beside the model; more stay in the memory of the host
 
 
 @dataclass(frozen=True)
@@ -32,6 +40,20 @@ class Moments:
 
     mean: Tensor
     std: Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class CachedLatents:
+    """The posteriors of pictures: those of one shape together, each under its key."""
+
+    moments: dict[Shape, Moments]
+    rows: dict[Shape, dict[str, int]]
+
+    def of(self, shape: Shape, keys: Sequence[str], device: torch.device) -> Moments:
+        """Return the posteriors of some pictures of one shape."""
+        moments = self.moments[shape]
+        index = torch.tensor([self.rows[shape][key] for key in keys], device=moments.mean.device)
+        return Moments(moments.mean[index].to(device), moments.std[index].to(device))
 
 
 def sample(mean: Tensor, std: Tensor, noise: Tensor, scaling_factor: float) -> Tensor:
@@ -92,6 +114,50 @@ def cached_moments(
             found |= shard
     both = torch.stack([found[key] for key in keys])  # (N, 2, 4, h, w)
     return Moments(both[:, 0].contiguous(), both[:, 1].contiguous()), len(missing)
+
+
+def cached_latents(pictures: Sequence[Picture], vae: AutoencoderKL, config: PictureConfig, run: Run) -> CachedLatents:
+    """Return the posteriors of all pictures at all their places, from the cache; processes share what is missing.
+
+    Raises:
+        InputError: naming the images that do not decode.
+    """
+    root = config.latent_cache_dir or run.folder / "cache"
+    vae_hash = module_hash(vae)
+    wanted: dict[Shape, dict[str, tuple[Picture, Place]]] = defaultdict(dict)
+    for picture in pictures:
+        for place in picture.places(config.cache_crops):
+            wanted[picture.shape][picture.key(place)] = (picture, place)
+    rank, processes = run.accelerator.process_index, run.accelerator.num_processes
+    # Each process encodes its share, then all read the whole; without a common file system they encode the rest.
+    shares = [slice(rank, None, processes)] if processes > 1 else []
+    found, encoded = {}, 0
+    for share in (*shares, slice(None)):
+        for shape in sorted(wanted):
+            keys = list(wanted[shape])[share]
+            cuts = list(wanted[shape].values())[share]
+            folder = cache_folder(root, vae_hash, {"shape": shape, "interpolation": config.image_interpolation_mode})
+
+            def pixels(places: Sequence[int], cuts: list[tuple[Picture, Place]] = cuts) -> Tensor:
+                chosen = [cuts[place] for place in places]
+                return load_pixels([picture for picture, _ in chosen], [place for _, place in chosen], config)
+
+            try:
+                if keys:
+                    found[shape], number = cached_moments(folder, keys, pixels, vae)
+                    encoded += number
+            except InputError:
+                check_decodable([picture.image for picture in pictures], config)  # names the others, too
+                raise
+        run.accelerator.wait_for_everyone()
+    total = sum(map(len, wanted.values()))
+    run.say(f"latents: {encoded} pictures encoded here, {total - encoded} from {root}")
+    size = sum(moments.mean.nbytes + moments.std.nbytes for moments in found.values())
+    device = run.accelerator.device if size <= _MOST_ON_DEVICE else torch.device("cpu")
+    return CachedLatents(
+        moments={shape: Moments(moments.mean.to(device), moments.std.to(device)) for shape, moments in found.items()},
+        rows={shape: {key: row for row, key in enumerate(cuts)} for shape, cuts in wanted.items()},
+    )
 
 
 def _read_shards(folder: Path, wanted: set[str]) -> dict[str, Tensor]:

@@ -178,8 +178,9 @@ def with_prior(
     size = pictures.resolution or models.size_px
     images = class_images(opened, config, size)
     run.inputs["class_data_dir"] = data_hash(images)
+    unturned = dataclasses.replace(pictures, flips={})  # declared for axes of slices, which class images have not
     prior = captioned_batches(
-        images, models, pictures, noise, run, num_timesteps=schedule.num_timesteps, learns_text=learns_text
+        images, models, unturned, noise, run, num_timesteps=schedule.num_timesteps, learns_text=learns_text
     )
     # Draws of their own: an image and the class image beside it must not share noise and timestep.
     prior = dataclasses.replace(prior, seed=counter_seed(run.seed, "prior", 0))
