@@ -119,7 +119,7 @@ def checkpoint_gradients(models: Models) -> None:
     """Compute activations again in the backward pass, in the U-Net and, if it learns, in the text encoder."""
     models.unet.enable_gradient_checkpointing()
     if any(parameter.requires_grad for parameter in models.text_encoder.parameters()):
-        models.text_encoder.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        models.text_encoder.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
 
 
 def _learning(name: str, module: nn.Module, mark: str = "") -> dict[str, nn.Parameter]:
