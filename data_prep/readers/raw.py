@@ -98,9 +98,9 @@ def _checked(volume: RawVolume, config: ReadConfig, who: str) -> RawVolume:
         said = f"is cut off ({there} of {needed} bytes); {count} whole planes are taken"
         info = replace(info, shape=(count, *info.shape[1:]), warnings=(*info.warnings, said))
     elif there != needed:
-        kind = "truncated: " if there < needed else ""
+        kind = "is truncated: " if there < needed else ""
         raise InputError(
-            f"{info.path}: is {kind}{who} {'x'.join(map(str, info.shape))} {info.dtype} voxels after byte "
+            f"{info.path}: {kind}{who} {'x'.join(map(str, info.shape))} {info.dtype} voxels after byte "
             f"{volume.offset}, {needed} bytes, and {volume.voxels.name} has {there}"
         )
     return replace(volume, info=replace(info, num_bytes=there))
@@ -145,6 +145,8 @@ def _of_meta(path: Place, head: bytes) -> RawVolume:
         if key.strip() in said:
             raise ValueError(f"gives {key.strip()} twice")
         said[key.strip()] = value.strip()
+    if said["ElementDataFile"].upper() != "LOCAL" and head[position:].strip():
+        raise ValueError("has lines after ElementDataFile, which is the last one by definition; move them before it")
     if said.get("NDims", "3") != "3" or said.get("ElementNumberOfChannels", "1") != "1":
         raise ValueError("describes no grey volume of three axes")
     if _flag(said, "CompressedData"):

@@ -1,0 +1,124 @@
+"""URLs: the same planes through fsspec as from the disk, and one line when there is nothing there."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import tifffile
+
+from configs.errors import InputError
+from data_prep.readers import ReadConfig, open_volume
+from data_prep.readers.places import Url, place_of, sha256_of
+
+fsspec = pytest.importorskip("fsspec")
+
+VOLUME = np.random.default_rng(3).integers(0, 60000, (6, 20, 24), dtype=np.uint16)
+
+
+def upload(folder: Path, url: str) -> None:
+    """Copy a folder into fsspec's file system in memory."""
+    files = fsspec.filesystem("memory")
+    for path in folder.rglob("*"):
+        if path.is_file():
+            files.pipe(f"/{url}/{path.relative_to(folder).as_posix()}", path.read_bytes())
+
+
+def planes_of(place: Any, **settings: Any) -> np.ndarray:
+    source = open_volume(place, ReadConfig(**settings))
+    return np.array([plane for _, plane in source.planes(range(source.info.shape[0]))])
+
+
+@pytest.mark.parametrize("options", [{}, {"compression": "lzw"}, {"tile": (16, 16)}, {"ome": True}])
+def test_a_tiff_elsewhere_reads_as_here(tmp_path: Path, options: dict[str, Any]) -> None:
+    tifffile.imwrite(tmp_path / "scan.tif", VOLUME, photometric="minisblack", metadata={"axes": "ZYX"}, **options)
+    upload(tmp_path, "tiff")
+    place = place_of("memory://tiff/scan.tif")
+    assert isinstance(place, Url)
+    assert np.array_equal(planes_of(place), VOLUME)
+    assert sha256_of(place, ()) == sha256_of(tmp_path / "scan.tif", ())
+
+
+def test_a_folder_of_slices_elsewhere_reads_as_here(tmp_path: Path) -> None:
+    for z, plane in enumerate(VOLUME):
+        tifffile.imwrite(tmp_path / f"recon_{z}.tif", plane)
+    upload(tmp_path, "slices")
+    assert np.array_equal(planes_of(place_of("memory://slices")), VOLUME)
+
+
+def test_a_header_elsewhere_finds_its_voxels(tmp_path: Path) -> None:
+    (tmp_path / "scan.raw").write_bytes(VOLUME.tobytes())
+    (tmp_path / "scan.mhd").write_text("DimSize = 24 20 6\nElementType = MET_USHORT\nElementDataFile = scan.raw\n")
+    upload(tmp_path, "raw")
+    assert np.array_equal(planes_of(place_of("memory://raw/scan.mhd")), VOLUME)
+
+
+def test_hdf5_elsewhere_reads_as_here(tmp_path: Path) -> None:
+    h5py = pytest.importorskip("h5py")
+    with h5py.File(tmp_path / "scan.h5", "w") as file:
+        file.create_dataset("data", data=VOLUME, chunks=(2, 8, 8), compression="gzip")
+    upload(tmp_path, "hdf5")
+    assert np.array_equal(planes_of(place_of("memory://hdf5/scan.h5")), VOLUME)
+
+
+def test_zarr_elsewhere_reads_as_here(tmp_path: Path) -> None:
+    zarr = pytest.importorskip("zarr")
+    zarr.create_array(str(tmp_path / "scan.zarr"), data=VOLUME, chunks=(2, 8, 8))
+    upload(tmp_path, "zarr")
+    assert np.array_equal(planes_of(place_of("memory://zarr/scan.zarr")), VOLUME)
+
+
+@pytest.mark.parametrize(
+    ("url", "message"),
+    [
+        ("memory://nowhere/scan.tif", "no such file"),
+        ("weird://a/scan.tif", "weird://a/scan.tif: cannot be opened .*weird"),
+    ],
+)
+def test_what_is_not_there_is_one_line(url: str, message: str) -> None:
+    with pytest.raises(InputError, match=message) as caught:
+        open_volume(place_of(url))
+    assert "\n" not in str(caught.value)
+
+
+class Quiet(SimpleHTTPRequestHandler):
+    """Serves ranges of files, as object stores do, and logs nothing."""
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+    def do_GET(self) -> None:
+        data = Path(self.translate_path(self.path)).read_bytes()
+        first, end = 0, len(data)
+        if span := self.headers.get("Range"):
+            low, high = span.removeprefix("bytes=").split("-")
+            first, end = int(low), min(int(high) + 1, end) if high else end
+        self.send_response(206 if span else 200)
+        self.send_header("Content-Length", str(end - first))
+        self.send_header("Content-Range", f"bytes {first}-{end - 1}/{len(data)}")
+        self.send_header("Accept-Ranges", "bytes")
+        self.end_headers()
+        self.wfile.write(data[first:end])
+
+
+@pytest.fixture
+def server(tmp_path: Path) -> Iterator[str]:
+    """A web server of this machine for the files in ``tmp_path``."""
+    with ThreadingHTTPServer(("127.0.0.1", 0), partial(Quiet, directory=str(tmp_path))) as web:
+        threading.Thread(target=web.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{web.server_address[1]}"
+        web.shutdown()
+
+
+def test_a_tiff_on_a_web_server_reads_as_here(tmp_path: Path, server: str) -> None:
+    pytest.importorskip("aiohttp")
+    tifffile.imwrite(tmp_path / "scan.tif", VOLUME, photometric="minisblack", compression="deflate")
+    assert np.array_equal(planes_of(place_of(f"{server}/scan.tif")), VOLUME)
+    with pytest.raises(InputError, match="no such file"):
+        open_volume(place_of(f"{server}/none.tif"))
