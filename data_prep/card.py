@@ -129,9 +129,9 @@ Train on the folder `train` alone: some scripts search a whole folder for pictur
 
 def _rule(entries: Sequence[Mapping[str, Any]]) -> str:
     """Say what the split promises."""
-    if any(one["split"] for one in entries):
+    if any(one["split"] or len(one["blocks"]) == 1 for one in entries):
         return "No voxel of `validation` is in `train`, and nothing is written from the guard slab between them."
-    if any(one["blocks"] for one in entries):
+    if any(len(one["blocks"]) > 1 for one in entries):
         return (
             "By index, along each axis on its own: slices of one direction share no voxel between `train` and "
             "`validation`, but **slices of different directions cross and share lines of voxels**."

@@ -31,7 +31,7 @@ from data_prep.readers import VolumeInfo, VolumeSource, open_volume
 from data_prep.readers.places import Place, identity, is_below, place_of
 from data_prep.split import TRAIN, VALIDATION, Region, correlation_length, cut_region
 from prompts.captions import caption
-from prompts.vocabulary import Vocabulary
+from prompts.vocabulary import PLACE, Vocabulary
 
 _GB = 10**9
 # What the interpreter and the libraries hold before the first plane is read, and what copies of a plane need.
@@ -224,7 +224,7 @@ def _state_and_path(text: str, words: Vocabulary) -> tuple[str, Place]:
         allowed = ", ".join(words.states)
         raise UsageError(f"--volumes {text}: the state is missing; write state=path with a state of {allowed}")
     try:
-        caption(state, AXES[0], words)
+        caption(state, AXES[0], words, place=dict.fromkeys(PLACE, ""))
     except UsageError as error:
         raise UsageError(f"--volumes {text}: {error}") from None
     return state, place_of(path)

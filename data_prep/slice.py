@@ -262,7 +262,7 @@ def _warnings(plans: Sequence[Plan], config: SliceConfig) -> list[str]:
                 f"{volume.name}: {window.clipped_low:.1%} of the voxels lie below the window and "
                 f"{window.clipped_high:.1%} above it; check --window"
             )
-    if config.split == "index":
+    if config.split == "index" and len(config.slice_axes) > 1:
         found.append(
             "--split index: slices of different directions cross, so held-out slices share lines of voxels with those "
             "for training; --split region has no such leak"

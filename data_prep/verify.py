@@ -103,7 +103,8 @@ def verify(dataset: Path, *, decode: bool = True) -> Verdict:
     problems += _size_problems(pictures, records)
     problems += _duplicate_problems(pictures, folders)
     options = manifest.get("options")
-    by_axis = isinstance(options, dict) and options.get("split") == "index"
+    axes = {record.get("axis") for rows in records.values() for record in rows}
+    by_axis = isinstance(options, dict) and options.get("split") == "index" and len(axes) > 1
     problems += _overlap_problems(records, by_axis=by_axis)
     counts = {split: len(rows) for split, rows in records.items()}
     return Verdict(problems=tuple(problems), counts=counts, leak=_leak(records, by_axis))
