@@ -9,8 +9,8 @@ import pytest
 from configs.errors import UsageError
 from data_prep.shapes import COLOURS, HELD_OUT, SHAPES, TEXTURES, Scene
 from eval.verdicts import LIMITS
-from prompts.grids import make_grid, read_prompts
-from prompts.probes import Probe, probes_hash, read_probes
+from prompts.grids import make_grid, read_grid, read_prompts, write_grid
+from prompts.probes import Probe, ProbesConfig, main, probes_hash, read_probes, shared_token_probes, write_probes
 
 
 def world() -> set[str]:
@@ -31,7 +31,7 @@ def test_the_anchors_of_stable_diffusion_are_those_of_the_earlier_study() -> Non
     assert anchors == ["horse on a beach", "two zebras", "a texture"]
 
 
-@pytest.mark.parametrize("name", ["tiny", "stable_diffusion"])
+@pytest.mark.parametrize("name", ["tiny", "stable_diffusion", "composition"])
 def test_every_built_in_set_has_limits_and_the_empty_prompt_is_asked(name: str) -> None:
     probes = read_probes(name)
     assert {probe.set for probe in probes} <= set(LIMITS)
@@ -80,7 +80,9 @@ def test_a_broken_probe_file_is_one_clear_line(text: str, message: str, tmp_path
 
 
 def test_an_unknown_list_names_the_built_in_ones() -> None:
-    with pytest.raises(UsageError, match=r"--probes tinny: neither a readable file nor one of stable_diffusion, tiny"):
+    with pytest.raises(
+        UsageError, match=r"--probes tinny: neither a readable file nor one of composition, stable_diffusion, tiny"
+    ):
         read_probes("tinny")
 
 
@@ -97,3 +99,57 @@ def test_grids_of_different_seeds_have_different_hashes() -> None:
 def test_prompts_are_read_from_text_and_yaml(name: str, text: str, tmp_path: Path) -> None:
     (tmp_path / name).write_text(text)
     assert read_prompts(tmp_path / name) == ["a b", "c"]
+
+
+def test_shared_tokens_give_everyday_prompts_for_prefix_word_and_piece() -> None:
+    found = {probe.id: probe.prompt for probe in shared_token_probes(["sf_dry sf_warp"], ["sf", "_", "dry", "compac"])}
+    assert found["sf-skyline"] == "the SF skyline at dusk"
+    assert found["dry-leaves"] == "dry leaves on the ground"
+    assert found["warp-stars"] == "a warp-speed star field"
+    assert found["compact-car"] == "a compact car in a car park"
+
+
+def test_a_known_word_the_table_lacks_is_asked_as_a_photo() -> None:
+    found = shared_token_probes(["zz_lattice"], ["zz", "_", "lattice"], known=["lattice"])
+    assert [(probe.id, probe.prompt, probe.set) for probe in found] == [("word-lattice", "a photo of lattice", "G1")]
+
+
+def test_the_study_anchors_of_composition_are_there() -> None:
+    prompts = {probe.prompt for probe in read_probes("composition") if probe.set == "G5"}
+    assert {"dtd_braided brioche", "dtd_spiralled galaxy", "sf_compacted", "Zebras with dtd_zigzagged skin"} <= prompts
+
+
+def test_a_written_probe_file_reads_back(tmp_path: Path) -> None:
+    probes = read_probes("tiny")
+    write_probes(tmp_path / "mine.yaml", probes)
+    assert read_probes(str(tmp_path / "mine.yaml")) == probes
+
+
+def test_the_command_replaces_the_lists_own_g1(toy_sd: Path, tmp_path: Path) -> None:
+    output = tmp_path / "mine.yaml"
+    model = str(toy_sd)
+    main(
+        ProbesConfig(
+            captions=("sf_dry",), pretrained_model_name_or_path=model, probes="stable_diffusion", output=output
+        )
+    )
+    own = [probe.id for probe in read_probes(str(output)) if probe.set == "G1"]
+    assert own == ["sf-skyline", "dry-leaves", "dry-desert"]
+    with pytest.raises(UsageError, match="already exists"):
+        main(ProbesConfig(captions=("sf_dry",), pretrained_model_name_or_path=model, output=output))
+
+
+def test_a_frozen_grid_reads_back_and_a_changed_one_is_refused(tmp_path: Path) -> None:
+    path, grid = tmp_path / "grid.json", make_grid(["a", "b"], 3, 7)
+    write_grid(path, grid)
+    assert read_grid(path) == grid
+    path.write_text(path.read_text().replace('"b"', '"c"'))
+    with pytest.raises(UsageError, match="was changed since it was frozen"):
+        read_grid(path)
+
+
+@pytest.mark.parametrize("text", ["[", "[1]", '{"prompts": ["a"], "seeds": [-1]}', '{"prompts": ["a"], "seeds": []}'])
+def test_a_file_that_is_no_grid_is_one_clear_line(text: str, tmp_path: Path) -> None:
+    (tmp_path / "grid.json").write_text(text)
+    with pytest.raises(UsageError, match=r"--grid .*grid\.json: "):
+        read_grid(tmp_path / "grid.json")

@@ -48,9 +48,26 @@ def test_a_prompt_that_fits_is_whole(tmp_path: Path) -> None:
 def test_the_command_prints_a_line_per_prompt(toy_sd: Path, capsys: pytest.CaptureFixture[str]) -> None:
     main(TokensConfig(prompts=("sf_dry", ""), pretrained_model_name_or_path=str(toy_sd)))
     lines = capsys.readouterr().out.splitlines()
-    assert lines[1].split() == ["'sf_dry'", "6", "whole", "s", "|", "f", "|", "_", "|", "d", "|", "r", "|", "y"]
-    assert lines[2].split() == ["''", "0", "whole"]
-    assert lines[3].startswith("next: python -m eval.generate ")
+    assert lines[1].split() == ["'sf_dry'", "6", "whole", "none", "s", "|", "f", "|", "_", "|", "d", "|", "r", "|", "y"]
+    assert lines[2].split() == ["''", "0", "whole", "none"]
+    assert lines[-1].startswith("next: python -m eval.generate ")
+
+
+def test_pieces_that_are_words_of_their_own_are_named(tmp_path: Path) -> None:
+    """As CLIP splits `dtd_honeycombed`: honey is a known word although here another piece follows it."""
+    letters = "abcdefghijklmnopqrstuvwxyz_"
+    merges = [("h", "o"), ("ho", "n"), ("hon", "e"), ("hone", "y"), ("hone", "y</w>"), ("c", "o"), ("co", "m")]
+    merges += [("b", "e"), ("be", "d</w>"), ("t", "d</w>"), ("s", "f"), ("d", "r"), ("dr", "y</w>")]
+    from transformers import CLIPTokenizer
+
+    pieces = [*letters, *(letter + "</w>" for letter in letters), *("".join(pair) for pair in merges)]
+    vocab = {piece: index for index, piece in enumerate([*pieces, "<|startoftext|>", "<|endoftext|>"])}
+    CLIPTokenizer(vocab=vocab, merges=merges).save_pretrained(tmp_path / "tokenizer")
+    tokenizer = load_tokenizer(str(tmp_path))
+    item = split(tokenizer, "dtd_honeycombed sf_dry")
+    assert item.pieces[:6] == ("d", "td</w>", "_</w>", "honey", "com", "bed</w>")
+    # com is no word of this vocabulary, sf too short to be one.
+    assert item.known_words == ("honey", "bed", "dry")
 
 
 def test_a_folder_without_tokenizer_is_refused(tmp_path: Path) -> None:
