@@ -37,10 +37,11 @@ if TYPE_CHECKING:
 
     from finetune.core.loop import Step
 
-CONFIG, ENVIRONMENT, METRICS, PROVENANCE, LOCK = (
+CONFIG, ENVIRONMENT, METRICS, HELDOUT, PROVENANCE, LOCK = (
     "config.yaml",
     "environment.json",
     "metrics.jsonl",
+    "heldout.jsonl",
     "provenance.json",
     "run.lock",
 )
@@ -214,6 +215,7 @@ def start_run(
             )
             (folder / ENVIRONMENT).write_text(json.dumps(environment, indent=2) + "\n", encoding="utf-8")
             _cut_metrics(folder / METRICS, done)
+            _cut_metrics(folder / HELDOUT, done if checkpoint else -1)  # its first rows are those of step 0
             (folder / PROVENANCE).unlink(missing_ok=True)
             for path in own:
                 if checkpoints.step_of(path) > done:
@@ -256,11 +258,17 @@ def _make_accelerator(train: TrainConfig, folder: Path) -> Accelerator:
                 f"accelerate launch with {name}: splits weights and optimizer over the processes; checkpoints and "
                 "saved files do not gather them in this version; use configs/accelerate/multi_gpu.yaml"
             )
-    return Accelerator(
+    started = int(os.environ.get("WORLD_SIZE", 1))
+    accelerator = Accelerator(
+        # Without a GPU accelerate connects the processes of torchrun only if told; each would train alone, as rank 0.
+        cpu=started > 1 and not torch.accelerator.is_available(),
         mixed_precision=precision,
         log_with=None if train.report_to == "none" else train.report_to,
         project_config=ProjectConfiguration(project_dir=str(folder), logging_dir=str(folder / train.logging_dir)),
     )
+    if accelerator.num_processes != started:
+        raise UsageError(f"{started} processes were started, but {accelerator.num_processes} would train: use torchrun")
+    return accelerator
 
 
 def _set_threads(accelerator: Accelerator) -> int:
@@ -295,7 +303,7 @@ def _prepare_folder(folder: Path, train: TrainConfig, weights: set[str]) -> Text
     """Make the folder, lock it for this process, and clear an earlier run if asked to."""
     if folder.exists() and not folder.is_dir():
         raise UsageError(f"--output_dir {folder}: is a file; name a folder")
-    ours = {CONFIG, ENVIRONMENT, METRICS, PROVENANCE, *weights, "previews", train.logging_dir}
+    ours = {CONFIG, ENVIRONMENT, METRICS, HELDOUT, PROVENANCE, *weights, "previews", train.logging_dir}
     if folder.is_dir():
         # Weights beside no config.yaml are somebody's model, not a run of ours.
         strange = {path.name for path in folder.iterdir()} - (ours - weights) - {LOCK, "cache"}

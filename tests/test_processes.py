@@ -1,0 +1,182 @@
+"""Several processes on one machine, started by torchrun as a user would: what they see, and where they end."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from configs.load import load
+from finetune.core.models import LORA_FILE
+from finetune.lora import LoraRun, main
+
+ROOT = Path(__file__).parent.parent
+# Runs the recipe and leaves what its process saw, as the process itself knows it.
+RECORDER = """
+import hashlib, json, os, sys
+import torch
+from configs.load import load
+from finetune.core.batches import CaptionedBatches
+from finetune.lora import LoraRun, main
+
+seen, update = {}, CaptionedBatches.update
+
+def watched(self, number):
+    result = update(self, number)
+    rows = [
+        (name, hashlib.sha256(noise.numpy().tobytes()).hexdigest(), int(timestep), bool(weight))
+        for batch in result.batches
+        for name, noise, timestep, weight in zip(batch.names, batch.noise, batch.timesteps, batch.weights)
+    ]
+    seen[number] = rows
+    seen["world"] = torch.distributed.get_world_size()
+    return result
+
+CaptionedBatches.update = watched
+main(load(LoraRun, sys.argv[2:]))
+with open(f"{sys.argv[1]}/rank-{os.environ['RANK']}.json", "w") as stream:
+    json.dump({"world": seen.pop("world"), "threads": torch.get_num_threads(), "seen": seen}, stream)
+"""
+
+
+def words(base: Path, images: Path, folder: Path, **options: object) -> list[str]:
+    values = {
+        "pretrained_model_name_or_path": base,
+        "train_data_dir": images,
+        "output_dir": folder,
+        "seed": 0,
+        "max_train_steps": 6,
+        "learning_rate": 1e-3,
+        "lr_scheduler": "cosine",
+        "lr_warmup_steps": 2,
+        "caption_dropout": 0.2,
+        "noise_offset": 0.1,
+        "checkpointing_steps": 2,
+        "checkpoints_total_limit": 2,
+        "logging_steps": 1,
+        "report_to": "none",
+        **options,
+    }
+    return [word for name, value in values.items() for word in (f"--{name}", str(value))]
+
+
+def torchrun(*arguments: object) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    return subprocess.Popen(
+        [*command, *map(str, arguments)],
+        cwd=ROOT,
+        env=os.environ | {"PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""},
+        start_new_session=True,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+    )
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory: pytest.TempPathFactory, toy_sd: Path, captioned_images: Path) -> Path:
+    """Return the folder of a run of two processes, two images each; rank-0.json and rank-1.json lie beside it."""
+    folder = tmp_path_factory.mktemp("two")
+    (folder / "recorder.py").write_text(RECORDER)
+    asked = words(toy_sd, captioned_images, folder / "run", train_batch_size=2)
+    process = torchrun(folder / "recorder.py", folder, *asked)
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, output
+    return folder / "run"
+
+
+def ranks(run: Path) -> list[dict[str, object]]:
+    return [json.loads((run.parent / f"rank-{rank}.json").read_text()) for rank in (0, 1)]
+
+
+def rows(run: Path) -> list[dict[str, float]]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_there_are_two_processes_and_they_share_the_threads(two: Path) -> None:
+    environment = json.loads((two / "environment.json").read_text())
+    assert [rank["world"] for rank in ranks(two)] == [2, 2]
+    assert environment["processes"] == 2
+    assert [rank["threads"] for rank in ranks(two)] == [environment["threads"]] * 2
+
+
+def test_two_processes_see_each_image_once_an_epoch(two: Path) -> None:
+    for epoch in (0, 1):
+        seen = [
+            name
+            for rank in ranks(two)
+            for number in range(3 * epoch, 3 * epoch + 3)
+            for name, _, _, counts in rank["seen"][str(number)]
+            if counts
+        ]
+        assert sorted(seen) == [f"{index:02d}.png" for index in range(10)]
+
+
+def test_a_seed_does_not_give_every_process_the_same_noise(two: Path) -> None:
+    draws = [draw for rank in ranks(two) for number in rank["seen"] for _, draw, _, _ in rank["seen"][number]]
+    assert len(set(draws)) == len(draws) == 20
+
+
+@pytest.mark.parametrize("cut", [{"train_batch_size": 4}, {"train_batch_size": 1, "gradient_accumulation_steps": 4}])
+def test_two_processes_end_where_one_does(
+    two: Path, cut: dict[str, int], toy_sd: Path, captioned_images: Path, tmp_path: Path
+) -> None:
+    main(load(LoraRun, words(toy_sd, captioned_images, tmp_path / "one", **cut)))
+    alone, together = load_file(tmp_path / "one" / LORA_FILE), load_file(two / LORA_FILE)
+    assert alone.keys() == together.keys()
+    for name in alone:
+        # Adam divides by the root of a mean square, so that rounding in tiny gradients shows in the weights: they moved
+        # by about 3e-3 in six steps, and differ by less than a thousandth of that.
+        torch.testing.assert_close(together[name], alone[name], atol=3e-6, rtol=0)
+    # A scheduler that accelerate steps would run twice as fast with two processes.
+    rates = [[row["learning_rate"] for row in rows(folder)] for folder in (two, tmp_path / "one")]
+    assert rates[0] == rates[1]
+    for ours, theirs in zip(rows(two), rows(tmp_path / "one"), strict=True):
+        assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-5)
+        assert ours["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=1e-4)
+
+
+def test_two_processes_leave_one_set_of_files(two: Path) -> None:
+    names = sorted(path.name for path in two.iterdir() if path.name != "cache")
+    expected = ["README.md", "checkpoint-4", "checkpoint-6", "config.yaml", "environment.json", "metrics.jsonl"]
+    assert names == [*expected, "provenance.json", LORA_FILE]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("whom", ["group", "one worker"])
+def test_all_processes_agree_to_stop_and_go_on(
+    whom: str, two: Path, toy_sd: Path, captioned_images: Path, tmp_path: Path
+) -> None:
+    asked = words(toy_sd, captioned_images, tmp_path / "run", train_batch_size=2, max_train_steps=4000)
+    asked += ["--checkpointing_steps", "100000"]
+    process = torchrun(ROOT / "finetune" / "lora.py", *asked)
+    metrics = tmp_path / "run" / "metrics.jsonl"
+    until = time.monotonic() + 200
+    while not metrics.is_file() or len(metrics.read_text().splitlines()) < 5:
+        assert time.monotonic() < until
+        assert process.poll() is None
+        time.sleep(0.2)
+    if whom == "group":
+        os.killpg(process.pid, signal.SIGTERM)
+    else:
+        children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+        os.kill(int(children[-1]), signal.SIGTERM)
+    output, _ = process.communicate(timeout=100)
+    (checkpoint,) = (tmp_path / "run").glob("checkpoint-*")
+    assert f"terminated; continue from {checkpoint.name} with the same command" in output
+    assert not (tmp_path / "run" / LORA_FILE).exists()
+    if whom == "one worker":  # the launcher was not told to stop, and says how each of its workers ended
+        assert output.count("exitcode  : 143") + output.count("exitcode: 143") >= 1
+    done = int(checkpoint.name.removeprefix("checkpoint-"))
+    process = torchrun(ROOT / "finetune" / "lora.py", *asked, "--max_train_steps", str(done + 2))
+    output, _ = process.communicate(timeout=200)
+    assert process.returncode == 0, output
+    assert f"continuing after step {done}" in output
