@@ -92,7 +92,7 @@ class Cluster:
         from distributed import as_completed as completed
 
         numbers = {job.key: number for number, job in enumerate(jobs)}
-        for job in completed(jobs):
+        for job in completed(jobs, loop=self.client.loop):
             yield job, numbers[job.key]
 
 

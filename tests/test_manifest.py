@@ -3,6 +3,8 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -200,3 +202,66 @@ def test_a_manifest_of_something_else_is_named(tmp_path: Path, content: str) -> 
     (tmp_path / "manifest.json").write_bytes(content.encode("latin-1"))
     with pytest.raises(InputError, match=r"manifest\.json: "):
         read_manifest(tmp_path)
+
+
+# ---- Two runs, killed runs ----
+
+WRITER = """
+import sys, time
+from pathlib import Path
+from data_prep.manifest import publish
+with publish(Path(sys.argv[1]), overwrite=True, mark="manifest.json") as folder:
+    (folder / "manifest.json").write_text("{}")
+    print("writing", flush=True)
+    time.sleep(60)
+"""
+
+
+def start_writer(target: Path) -> subprocess.Popen[str]:
+    """Start another process that writes into a folder, and wait until it does."""
+    process = subprocess.Popen([sys.executable, "-c", WRITER, str(target)], stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    assert process.stdout.readline() == "writing\n"
+    return process
+
+
+def test_a_second_writer_is_refused_with_the_process_that_holds_the_folder(tmp_path: Path) -> None:
+    with start_writer(tmp_path / "out") as first:
+        try:
+            with (
+                pytest.raises(UsageError, match=rf"out: process {first.pid} on .* is writing there"),
+                publish(tmp_path / "out", mark=MANIFEST_NAME),
+            ):
+                pass
+            assert len(list(tmp_path.iterdir())) == 1
+        finally:
+            first.kill()
+
+
+def test_what_a_killed_writer_left_is_cleared_away_at_the_next_start(tmp_path: Path) -> None:
+    with start_writer(tmp_path / "out") as first:
+        first.kill()
+    assert [path.name.startswith("out.partial-") for path in tmp_path.iterdir()] == [True]
+    with publish(tmp_path / "out", mark=MANIFEST_NAME) as folder:
+        (folder / "new").write_text("")
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["new"]
+
+
+def test_a_folder_that_was_moved_aside_when_the_writer_died_comes_back(tmp_path: Path) -> None:
+    room = tmp_path / "out.partial-abcd"
+    (room / "old").mkdir(parents=True)
+    (room / "old" / MANIFEST_NAME).write_text("{}")
+    (room / "lock").write_text("1 on here\n")
+    with pytest.raises(RuntimeError), publish(tmp_path / "out", overwrite=True, mark=MANIFEST_NAME):
+        raise RuntimeError
+    assert (tmp_path / "out" / MANIFEST_NAME).read_text() == "{}"
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_folders_of_the_same_beginning_are_left_alone(tmp_path: Path) -> None:
+    for name in ("out.partial-mine", "out.partials"):
+        (tmp_path / name).mkdir()
+    with publish(tmp_path / "out", mark=MANIFEST_NAME):
+        pass
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "out.partial-mine", "out.partials"]
