@@ -62,8 +62,8 @@ class MethodsConfig:
     """Where the figures go; a picture of all methods goes beside it."""
     only: tuple[str, ...] = ()
     """Arms to run, by name; all if absent."""
-    max_steps: int | None = None
-    """Cut every training short after this many steps, to try the path."""
+    trial: bool = False
+    """Two steps of training and one of sampling, to try the path; the figures mean nothing."""
     seed: int = 0
     """Of every training and every picture."""
 
@@ -267,8 +267,8 @@ def _run(
     words = [word.replace("{weave}", str(weave)) for word in arm.words]
     words = ["--config", f"configs/{arm.preset}.yaml", *words, "--output_dir", str(run), "--seed", str(config.seed)]
     first = steps is None or steps == arm.legs[0]
-    if config.max_steps is not None:
-        steps = min(steps or config.max_steps, config.max_steps * (arm.legs.index(steps) + 1 if steps else 1))
+    if config.trial:
+        steps = 2 * (arm.legs.index(steps) + 1 if steps else 1)
     words += ["--max_train_steps", str(steps)] if steps else []
     words += ["--checkpointing_steps", str(steps)] if steps and arm.legs else []
     said = _call([*launch, *words, *(["--overwrite"] if first else [])])
@@ -312,9 +312,10 @@ def _weights(run: Path) -> list[Path]:
 def _generate(config: MethodsConfig, name: str, model: Sequence[str], prompts: Sequence[str]) -> Path:
     """Generate 72 pictures in all, as many of each prompt, or 24 of a single one."""
     folder = config.output_dir / "pictures" / name
-    count = 8 if len(prompts) > 1 else 24
-    words = [*model, "--prompts", *prompts, "--num_images", str(count), "--seed", str(config.seed)]
-    words += ["--num_inference_steps", "20", "--batch_size", "36", "--output_dir", str(folder), "--overwrite"]
+    count = (8, 24) if not config.trial else (1, COLUMNS)
+    words = [*model, "--prompts", *prompts, "--num_images", str(count[len(prompts) == 1]), "--seed", str(config.seed)]
+    words += ["--num_inference_steps", "1" if config.trial else "20", "--batch_size", "36"]
+    words += ["--output_dir", str(folder), "--overwrite"]
     _call([sys.executable, "-m", "eval.generate", *words])
     return folder
 
@@ -333,7 +334,9 @@ def _drift(config: MethodsConfig, arm: Arm, row: Row, weave: Path) -> Row:
     folder = config.output_dir / "drift" / f"{arm.name}-{row.steps}"
     words = [*_model_of(arm, run), *(["--base", BASE] if arm.saves_pipeline else [])]
     words += ["--probes", str(config.output_dir / "probes.yaml"), "--real", str(weave), "--full"]
-    words += ["--num_inference_steps", "15", "--batch_size", "36", "--output_dir", str(folder), "--overwrite"]
+    words += ["--num_inference_steps", "1" if config.trial else "15", "--batch_size", "36"]
+    words += ["--num_timesteps", "2", "--num_images", "1"] if config.trial else []
+    words += ["--output_dir", str(folder), "--overwrite"]
     _call([sys.executable, "-m", "eval.drift", *words])
     found: dict[str, Any] = {}
     lines = (folder / "results.jsonl").read_text(encoding="utf-8").splitlines()
