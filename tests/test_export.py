@@ -1,143 +1,255 @@
-"""A dataset in the layouts of other trainers, read back by their own libraries or by the rules they state."""
+"""Weights for other programs: kohya's key names, the way there and back, and merged pipelines."""
 
 from __future__ import annotations
 
-import io
-import tarfile
-import tomllib
+import json
+import re
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
-from PIL import Image
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 from configs.errors import InputError, UsageError
-from data_prep.export import ExportConfig, main
-from data_prep.manifest import SliceRow, write_card, write_manifest, write_rows
-from data_prep.verify import verify
+from configs.load import load
+from eval.config import SamplingConfig
+from finetune.core.method_config import LoraConfig
+from finetune.core.models import LORA_FILE, Denoiser, Models, load_adapter, load_models, tokenize
+from finetune.core.trainable import lora_adapters
+from finetune.core.weights import save_lora
+from finetune.export import PREFIXES, ExportConfig, main, to_diffusers, to_kohya
+
+NAMES = Path(__file__).parent / "kohya_names.txt"
+"""Recorded from kohya-ss/sd-scripts at commit 48d368f: ``LoRANetwork`` in networks/lora.py, ``create_modules`` with
+``conv_lora_dim`` set, over the U-Net of library/original_unet.py and a CLIPTextModel of 12 (SD 1.x) or 23 layers.
+"""
 
 
-@pytest.fixture
-def dataset(tmp_path: Path) -> Path:
-    """Five pictures to learn from and two held out."""
-    folder = tmp_path / "weave"
-    splits: dict[str, list[SliceRow]] = {}
-    for number in range(7):
-        split = "train" if number < 5 else "validation"
-        row = SliceRow(
-            file_name=f"dry-warp-{number:05d}.png", text=f"sf_dry sf_warp {number}", volume="dry", state="dry",
-            axis="warp", index=number, box=(0, 12, number, number + 1, 0, 16), width=16, height=12,
-            um_per_px=(12.5, 12.5),
-        )  # fmt: skip
-        (folder / split).mkdir(parents=True, exist_ok=True)
-        pixels = np.random.default_rng(number).integers(0, 256, (12, 16), dtype=np.uint8)
-        Image.fromarray(pixels).save(folder / split / row.file_name)
-        splits.setdefault(split, []).append(row)
-    for split, rows in splits.items():
-        write_rows(folder / split, rows)
-    write_card(folder, body="", splits=splits, num_pictures=7)
-    write_manifest(folder, {"volumes": []})
+def write_lora(model: Path, folder: Path, *, text: bool = True, **settings: object) -> Path:
+    """Save a LoRA with random, not small, weights."""
+    folder.mkdir(exist_ok=True)
+    models = load_models(str(model))
+    config = LoraConfig(**({"rank": 2, "lora_alpha": 3.0} | settings))  # type: ignore[arg-type]
+    learns = lora_adapters(models, config, learning_rate=1.0, seed=0, text_encoder_rate=1.0 if text else None)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in learns.parameters.values():
+            parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.3)
+    save_lora(folder, models, {"method": "lora", "height": 32, "width": 32, "captions": ["sf_dry"]})
     return folder
 
 
-def export(dataset: Path, form: str, **settings: Any) -> Path:
-    out = dataset.parent / form
-    main(ExportConfig(dataset=dataset, output_dir=out, format=form, **settings))  # type: ignore[arg-type]
-    return out
+def export(*words: object) -> None:
+    main(load(ExportConfig, [str(word) for word in words]))
 
 
-def pixels(image: Image.Image | bytes) -> np.ndarray:
-    return np.asarray(Image.open(io.BytesIO(image)) if isinstance(image, bytes) else image)
+def read(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    with safe_open(path, framework="pt") as reader:
+        return load_file(path), reader.metadata()
 
 
-def original(number: int) -> np.ndarray:
-    return np.random.default_rng(number).integers(0, 256, (12, 16), dtype=np.uint8)
+@torch.no_grad()
+def predict(models: Models) -> torch.Tensor:
+    latents = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(1))
+    denoiser = Denoiser(models.text_encoder, models.unet)
+    return denoiser(latents, torch.tensor([10, 500]), tokenize(models, ["sf_dry", "sf_warp"]))
 
 
-def test_a_text_file_stands_beside_each_picture(dataset: Path) -> None:
-    out = export(dataset, "txt")
-    assert (out / "validation" / "dry-warp-00005.txt").read_text() == "sf_dry sf_warp 5\n"
-    assert len(list(out.glob("train/*.png"))) == len(list(out.glob("train/*.txt"))) == 5
-    assert verify(out).problems == ()
-
-
-def test_text_files_do_not_hide_the_pictures_from_datasets(dataset: Path, tmp_path: Path) -> None:
-    import datasets
-
-    datasets.disable_progress_bars()
-    loaded = datasets.load_dataset(str(export(dataset, "txt")), cache_dir=str(tmp_path / "cache"))
-    assert {split: len(loaded[split]) for split in loaded} == {"train": 5, "validation": 2}
-    assert {"image", "text"} <= set(loaded["train"].column_names)
-
-
-def test_kohya_finds_pictures_and_captions_in_the_folder_its_settings_name(dataset: Path) -> None:
-    out = export(dataset, "kohya", resolution=768, num_repeats=4)
-    settings = tomllib.loads((out / "dataset.toml").read_text())
-    (group,) = settings["datasets"]
-    (subset,) = group["subsets"]
-    # The rules of its dataset documentation: pictures lie directly in image_dir, each with a caption of its ending;
-    # bucket edges are divisible by the step; a subset has num_repeats, a dataset resolution and batch_size.
-    folder = Path(subset["image_dir"])
-    assert folder == (out / "train").resolve()
-    pictures = [path for path in folder.iterdir() if path.suffix == ".png"]
-    assert len(pictures) == 5
-    assert all(path.with_suffix(settings["general"]["caption_extension"]).read_text().strip() for path in pictures)
-    assert all(group[f"{end}_bucket_reso"] % group["bucket_reso_steps"] == 0 for end in ("min", "max"))
-    assert (group["resolution"], group["batch_size"], subset["num_repeats"]) == (768, 1, 4)
-    # What it would read as something else: a file of metadata makes a subset another kind, five parts between
-    # underscores point to another caption.
-    assert not (folder / "metadata.jsonl").exists()
-    assert all(path.stem.count("_") < 4 for path in pictures)
-
-
-@pytest.mark.parametrize("streaming", [False, True])
-@pytest.mark.parametrize(("form", "files"), [("webdataset", "train-*.tar"), ("parquet", "data/train-*.parquet")])
-def test_shards_are_loaded_whole_and_streamed(
-    dataset: Path, tmp_path: Path, form: str, files: str, streaming: bool
-) -> None:
-    import datasets
-
-    datasets.disable_progress_bars()
-    out = export(dataset, form, shard_size=2)
-    assert len(list(out.glob(files))) == 3
-    loaded = datasets.load_dataset(
-        form, data_files={"train": str(out / files)}, split="train", streaming=streaming, cache_dir=str(tmp_path / "c")
+@pytest.fixture(scope="module")
+def full(toy_sd: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a LoRA on everything that can carry one, whose alpha is not its rank."""
+    return write_lora(
+        toy_sd,
+        tmp_path_factory.mktemp("export") / "run",
+        lora_targets="attention+resnet",
+        resnet_rank=4,
+        resnet_alpha=1.0,
     )
-    rows = list(loaded)
-    image, text = ("png", "txt") if form == "webdataset" else ("image", "text")
-    assert [row[text] for row in rows] == [f"sf_dry sf_warp {number}" for number in range(5)]
-    assert all(np.array_equal(pixels(row[image]), original(number)) for number, row in enumerate(rows))
-    place = rows[3]["json"] if form == "webdataset" else rows[3]
-    assert (place["box"], place["um_per_px"]) == ([0, 12, 3, 4, 0, 16], [12.5, 12.5])
 
 
-@pytest.mark.parametrize("form", ["webdataset", "parquet"])
-def test_shards_are_the_same_bytes_each_time(dataset: Path, form: str) -> None:
-    def read(out: Path) -> dict[str, bytes]:
-        return {path.name: path.read_bytes() for path in out.rglob("*") if path.is_file()}
-
-    first = read(export(dataset, form))
-    assert read(export(dataset, form, overwrite=True)) == first
+def recorded(model: str) -> set[str]:
+    lines = NAMES.read_text(encoding="utf-8").splitlines()[1:]
+    return {line.split()[0] for line in lines if model in line.split()[1].split(",")}
 
 
-def test_an_archive_names_no_user_and_no_time(dataset: Path) -> None:
-    with tarfile.open(export(dataset, "webdataset") / "train-00000.tar") as tar:
-        assert {(member.mtime, member.uid, member.uname) for member in tar} == {(0, 0, "")}
+def layers_of(model: str) -> dict[str, set[str]]:
+    """Return the layers of a Stable Diffusion that our adapters lie on; nothing takes memory."""
+    from diffusers import UNet2DConditionModel
+    from transformers import CLIPTextConfig, CLIPTextModel
+
+    is_2 = model == "sd2"
+    with torch.device("meta"):
+        unet = UNet2DConditionModel(
+            sample_size=64,
+            cross_attention_dim=1024 if is_2 else 768,
+            attention_head_dim=(5, 10, 20, 20) if is_2 else 8,
+            use_linear_projection=is_2,
+        )
+        text = CLIPTextModel(
+            CLIPTextConfig(hidden_size=64, intermediate_size=128, num_hidden_layers=23 if is_2 else 12, vocab_size=100)
+        )
+    attention = r"to_[qkv]|to_out\.0"
+    targets = {"unet.": rf".*\.({attention}|conv1|conv2|conv_shortcut|time_emb_proj)", "text_encoder.": r".*_proj"}
+    return {
+        prefix: {
+            ("" if prefix == "unet." else "text_model.") + name
+            for name, _ in module.named_modules()
+            if re.fullmatch(targets[prefix], name)
+        }
+        for prefix, module in (("unet.", unet), ("text_encoder.", text))
+    }
 
 
-def test_a_folder_with_problems_is_not_exported(dataset: Path) -> None:
-    (dataset / "train" / "dry-warp-00001.png").unlink()
-    with pytest.raises(InputError, match=r"1 problems, the first: .*no such file"):
-        export(dataset, "txt")
-    assert not (dataset.parent / "txt").exists()
+@pytest.mark.parametrize("model", ["sd1", "sd2"])
+def test_names_are_those_kohya_gives_to_the_same_layers(model: str) -> None:
+    layers = layers_of(model)
+    tensors = {
+        f"{prefix}{layer}.lora_{end}.weight": torch.zeros(1, 1)
+        for prefix, found in layers.items()
+        for layer in found
+        for end in "AB"
+    }
+    written, _ = to_kohya(tensors, {})
+    ours = {name.partition(".")[0] for name in written}
+    adapted = "to_[qkv]$|to_out_0$|resnets_.*(conv1|conv2|conv_shortcut|time_emb_proj)$|self_attn_.*_proj$"
+    assert ours == {name for name in recorded(model) if re.search(adapted, name)}
+    assert {name.partition(".")[2] for name in written} == {"lora_down.weight", "lora_up.weight", "alpha"}
 
 
-def test_an_export_into_the_dataset_is_refused(dataset: Path) -> None:
-    with pytest.raises(UsageError, match="lies inside the dataset"):
-        main(ExportConfig(dataset=dataset, output_dir=dataset / "kohya"))
+@pytest.mark.parametrize("model", ["sd1", "sd2"])
+def test_every_name_of_kohya_finds_its_layer(model: str) -> None:
+    tensors = {f"{name}.lora_down.weight": torch.zeros(1, 1) for name in recorded(model)}
+    written, _ = to_diffusers(tensors, {})
+    paths = {name.removesuffix(".lora_A.weight") for name in written}
+    for prefix, layers in layers_of(model).items():
+        assert {prefix + layer for layer in layers} <= paths
+    assert {PREFIXES[part] + path.removeprefix(part).replace(".", "_")
+            for path in paths for part in PREFIXES if path.startswith(part)} == recorded(model)  # fmt: skip
+    assert not any(
+        re.search(r"\.(blocks|block|attn\.|proj$|model|shortcut)", path.replace("ff.net.0.proj", "")) for path in paths
+    )
 
 
-def test_a_dry_run_writes_nothing(dataset: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert not export(dataset, "kohya", dry_run=True).exists()
-    assert "would write train 5, validation 2 pictures" in capsys.readouterr().out
+def test_text_encoder_has_the_prefix_of_a_single_one(full: Path, tmp_path: Path) -> None:
+    """The export of diffusers writes lora_te1, as for SDXL, and kohya's loader for SD 1.x finds nothing."""
+    export("--adapter", full, "--to", "kohya", "--output", tmp_path / "kohya.safetensors")
+    tensors, metadata = read(tmp_path / "kohya.safetensors")
+    assert {name.split("_text_model")[0] for name in tensors if name.startswith("lora_te")} == {"lora_te"}
+    assert metadata["ss_network_module"] == "networks.lora"
+
+
+def test_there_and_back_is_the_same_file(full: Path, tmp_path: Path) -> None:
+    export("--adapter", full, "--to", "kohya", "--output", tmp_path / "kohya.safetensors")
+    export("--adapter", tmp_path / "kohya.safetensors", "--to", "diffusers", "--output", tmp_path / "back.safetensors")
+    assert (tmp_path / "back.safetensors").read_bytes() == (full / LORA_FILE).read_bytes()
+
+
+def test_diffusers_reads_the_exported_file_to_the_same_model(full: Path, toy_sd: Path, tmp_path: Path) -> None:
+    export("--adapter", full, "--to", "kohya", "--output", tmp_path / "kohya.safetensors")
+    ours, theirs = load_models(str(toy_sd)), load_models(str(toy_sd))
+    base = predict(theirs)
+    load_adapter(ours, full)
+    load_adapter(theirs, tmp_path / "kohya.safetensors")
+    assert torch.equal(predict(theirs), predict(ours))
+    assert not torch.equal(predict(theirs), base)
+
+
+def test_a_file_of_another_program_keeps_its_ranks_and_alphas(toy_sd: Path, tmp_path: Path) -> None:
+    """The files of kohya have no description for peft, and may differ in rank and alpha from layer to layer."""
+    generator, tensors = torch.Generator().manual_seed(0), {}
+    for place, name in enumerate(("attn1_to_q", "attn1_to_k", "attn2_to_out_0")):
+        full = f"lora_unet_mid_block_attentions_0_transformer_blocks_0_{name}"
+        tensors[f"{full}.lora_down.weight"] = torch.randn(2 + place, 16, generator=generator)
+        tensors[f"{full}.lora_up.weight"] = torch.randn(16, 2 + place, generator=generator)
+        tensors[f"{full}.alpha"] = torch.tensor(0.5 + place)
+    save_file(tensors, tmp_path / "kohya.safetensors", metadata={"ss_network_dim": "2"})
+    with pytest.raises(InputError, match=r"alpha_pattern.*export.py --to diffusers rewrites it"):
+        load_adapter(load_models(str(toy_sd)), tmp_path / "kohya.safetensors")
+    export("--adapter", tmp_path / "kohya.safetensors", "--to", "diffusers", "--output", tmp_path / "d.safetensors")
+    ours, by_hand = load_models(str(toy_sd)), load_models(str(toy_sd))
+    load_adapter(ours, tmp_path / "d.safetensors")
+    block = by_hand.unet.mid_block.attentions[0].transformer_blocks[0]
+    for name, layer in {"attn1_to_q": block.attn1.to_q, "attn1_to_k": block.attn1.to_k,
+                        "attn2_to_out_0": block.attn2.to_out[0]}.items():  # fmt: skip
+        down, up, alpha = (
+            tensors[f"lora_unet_mid_block_attentions_0_transformer_blocks_0_{name}.{end}"]
+            for end in ("lora_down.weight", "lora_up.weight", "alpha")
+        )
+        layer.weight += alpha / len(down) * up @ down
+    torch.testing.assert_close(predict(ours), predict(by_hand), atol=1e-4, rtol=1e-4)
+
+
+def test_a_merged_pipeline_gives_the_pixels_of_the_adapter(full: Path, toy_sd: Path, tmp_path: Path) -> None:
+    from eval.sampling import load_tuned, sample
+
+    export("--adapter", full, "--adapter_scale", 0.5, "--to", "pipeline", "--pretrained_model_name_or_path", toy_sd,
+           "--output_dir", tmp_path / "merged")  # fmt: skip
+    settings = SamplingConfig(num_inference_steps=3, height=32, width=32)
+    merged, tuned = load_tuned(str(tmp_path / "merged")).models, load_tuned(str(toy_sd), [full], (0.5,)).models
+    assert not any("lora" in name for name, _ in [*merged.unet.named_modules(), *merged.text_encoder.named_modules()])
+    # W x + s B A x there, (W + s B A) x here: float32 rounding, seen as a grey level beside a rounding edge.
+    torch.testing.assert_close(predict(merged), predict(tuned), atol=1e-4, rtol=1e-4)
+    first, second = (sample(models, [("sf_dry", 0)], settings).astype(int) for models in (merged, tuned))
+    assert np.abs(first - second).max() <= 1
+    assert np.abs(first - sample(load_models(str(toy_sd)), [("sf_dry", 0)], settings)).max() > 1
+
+
+def test_a_merged_pipeline_says_what_it_is_made_of(full: Path, toy_sd: Path, tmp_path: Path) -> None:
+    export(
+        "--adapter", full, "--to", "pipeline", "--pretrained_model_name_or_path", toy_sd, "--output_dir", tmp_path / "m"
+    )
+    told = json.loads((tmp_path / "m" / "provenance.json").read_text())
+    assert (told["method"], told["captions"], told["height"]) == ("merged", ["sf_dry"], 32)
+    assert [adapter["scale"] for adapter in told["adapters"]] == [1.0]
+    assert told["base_model"]["name"] == str(toy_sd)
+
+
+def test_dora_is_refused_with_the_reason_and_merges(toy_sd: Path, tmp_path: Path) -> None:
+    dora = write_lora(toy_sd, tmp_path / "dora", text=False, use_dora=True)
+    with pytest.raises(InputError, match=r"DoRA has no place in kohya's own layout.*--to pipeline"):
+        export("--adapter", dora, "--to", "kohya", "--output", tmp_path / "kohya.safetensors")
+    assert not (tmp_path / "kohya.safetensors").exists()
+    export(
+        "--adapter", dora, "--to", "pipeline", "--pretrained_model_name_or_path", toy_sd, "--output_dir", tmp_path / "m"
+    )
+    tuned = load_models(str(toy_sd))
+    load_adapter(tuned, dora)
+    torch.testing.assert_close(predict(load_models(str(tmp_path / "m"))), predict(tuned), atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("lora_te1_text_model_encoder_layers_0_mlp_fc1.lora_down.weight", "not in kohya's layout"),
+        ("lora_unet_mid_block_attentions_0_proj_in.hada_w1_a", "not in kohya's layout"),
+        ("unet.mid_block.attentions.0.proj_in.lora_A.weight", "not in kohya's layout"),
+    ],
+)
+def test_another_layout_is_refused(tmp_path: Path, name: str, message: str) -> None:
+    save_file({name: torch.zeros(1, 1)}, tmp_path / "x.safetensors")
+    with pytest.raises(InputError, match=message):
+        export("--adapter", tmp_path / "x.safetensors", "--to", "diffusers", "--output", tmp_path / "y.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("--to", "kohya"), "needs a file name"),
+        (("--to", "kohya", "--output", "x.pt"), "ends in .safetensors"),
+        (("--to", "pipeline", "--output_dir", "x"), "needs --pretrained_model_name_or_path"),
+        (("--to", "kohya", "--output", "x.safetensors", "--adapter_scale", "0.5"), "keeps the strength"),
+        (("--to", "kohya", "--output", "x.safetensors", "--adapter", "b"), "takes one, not 2"),
+    ],
+)
+def test_settings_that_do_not_go_together_are_refused(words: tuple[str, ...], message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        load(ExportConfig, ["--adapter", "a", *words])
+
+
+def test_a_file_that_is_there_stays(full: Path, tmp_path: Path) -> None:
+    (tmp_path / "kohya.safetensors").write_bytes(b"mine")
+    with pytest.raises(UsageError, match="is there already"):
+        export("--adapter", full, "--to", "kohya", "--output", tmp_path / "kohya.safetensors")
+    assert (tmp_path / "kohya.safetensors").read_bytes() == b"mine"

@@ -358,7 +358,9 @@ def _load_file(models: Models, path: Path, file: Path, scale: float) -> dict[str
             _load_lora(models, path, file, keys, scale)
     except (SafetensorError, OSError, ValueError, RuntimeError, RuntimeWarning, KeyError) as error:
         reason = " ".join(str(error).split())[:300]
-        raise InputError(f"--adapter {path}: does not load into {models.name} ({reason})") from error
+        # Diffusers' reader loses alphas that differ between attention layers; here that is an error.
+        remedy = "; python finetune/export.py --to diffusers rewrites it" if "alpha_pattern" in reason else ""
+        raise InputError(f"--adapter {path}: does not load into {models.name} ({reason}){remedy}") from error
     provenance = json.loads(metadata.get(PROVENANCE_KEY, "{}"))
     _keep_noise(models, path, provenance.get("scheduler", {}))
     _set_scheduler(models, is_on=any(models.adapter_scales.values()))
