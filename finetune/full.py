@@ -24,6 +24,7 @@ from finetune.core.config import (
     PreviewConfig,
     RefusedConfig,
     TrainConfig,
+    WatchConfig,
 )
 from finetune.core.method_config import EmaConfig, PriorConfig, TextEncoderConfig
 
@@ -45,6 +46,7 @@ class FullRun:
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     ema: EmaConfig = field(default_factory=EmaConfig)
     previews: PreviewConfig = field(default_factory=lambda: PreviewConfig(validation_epochs=5))
+    watch: WatchConfig = field(default_factory=WatchConfig)
     hub: HubConfig = field(default_factory=HubConfig)
     refused: RefusedConfig = field(default_factory=RefusedConfig)
 
@@ -76,6 +78,7 @@ def train_full(opened: Opened, config: FullRun) -> None:
     from finetune.core.previews import Previews
     from finetune.core.prior import with_prior
     from finetune.core.trainable import all_weights, checkpoint_gradients
+    from finetune.core.watch import watch_losses
     from finetune.core.weights import save_pipeline
 
     run, models, schedule, images = opened.run, opened.models, opened.schedule, opened.images
@@ -107,6 +110,16 @@ def train_full(opened: Opened, config: FullRun) -> None:
         steps_per_epoch=batches.steps_per_epoch,
         averages=averages,
     )
+    watch = watch_losses(
+        config.watch,
+        opened,
+        config.pictures,
+        averages,
+        beside=config.images.train_data_dir[0],
+        learns_text=learns_text,
+        image_column=config.images.image_column,
+        caption_column=config.images.caption_column,
+    )
     run.say(
         f"full: {learns.num_weights:,} weights learn from {len(images)} images in {run.total_steps} steps of "
         f"{config.train.train_batch_size} x {config.train.gradient_accumulation_steps} images, seed {run.seed}"
@@ -114,11 +127,13 @@ def train_full(opened: Opened, config: FullRun) -> None:
 
     if run.checkpoint is None:
         previews.show(0)
+        watch.look(0)
     denoiser = Denoiser(models.text_encoder, models.unet)
     for step in train(run, denoiser, learns, updates, loss, config.train, averages):
         averages.update()
         run.log(step)
         previews.show(step.number)
+        watch.look(step.number)
 
     if run.is_main:
         provenance = opened.provenance("full", height=batches.size, width=batches.size, prior=config.prior)

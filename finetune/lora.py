@@ -25,6 +25,7 @@ from finetune.core.config import (
     PreviewConfig,
     RefusedConfig,
     TrainConfig,
+    WatchConfig,
 )
 from finetune.core.method_config import EmaConfig, LoraConfig, PriorConfig, TextEncoderConfig
 
@@ -47,6 +48,7 @@ class LoraRun:
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     ema: EmaConfig = field(default_factory=EmaConfig)
     previews: PreviewConfig = field(default_factory=PreviewConfig)
+    watch: WatchConfig = field(default_factory=WatchConfig)
     hub: HubConfig = field(default_factory=HubConfig)
     refused: RefusedConfig = field(default_factory=RefusedConfig)
 
@@ -76,6 +78,7 @@ def train_lora(opened: Opened, config: LoraRun) -> None:
     from finetune.core.previews import Previews
     from finetune.core.prior import with_prior
     from finetune.core.trainable import checkpoint_gradients, lora_adapters
+    from finetune.core.watch import watch_losses
     from finetune.core.weights import save_lora
 
     run, models, schedule, images = opened.run, opened.models, opened.schedule, opened.images
@@ -108,6 +111,16 @@ def train_lora(opened: Opened, config: LoraRun) -> None:
         steps_per_epoch=batches.steps_per_epoch,
         averages=averages,
     )
+    watch = watch_losses(
+        config.watch,
+        opened,
+        config.pictures,
+        averages,
+        beside=config.images.train_data_dir[0],
+        learns_text=learns_text,
+        image_column=config.images.image_column,
+        caption_column=config.images.caption_column,
+    )
     run.say(
         f"LoRA: {learns.num_weights:,} weights learn from {len(images)} images in {run.total_steps} steps "
         f"of {config.train.train_batch_size} x {config.train.gradient_accumulation_steps} images, seed {run.seed}"
@@ -115,11 +128,13 @@ def train_lora(opened: Opened, config: LoraRun) -> None:
 
     if run.checkpoint is None:
         previews.show(0)
+        watch.look(0)
     denoiser = Denoiser(models.text_encoder, models.unet)
     for step in train(run, denoiser, learns, updates, loss, config.train, averages):
         averages.update()
         run.log(step)
         previews.show(step.number)
+        watch.look(step.number)
 
     if run.is_main:
         provenance = opened.provenance("lora", height=batches.size, width=batches.size, prior=config.prior)

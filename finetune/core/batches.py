@@ -246,7 +246,7 @@ def captioned_batches(
     pictures = make_pictures(images, models, config)
     flat = [picture for ways in pictures for picture in ways]
     groups = _groups(images, balance)
-    _check_captions(flat, models)
+    check_captions(flat, models)
     captions = sorted({caption for picture in flat for caption in picture.captions})
     run.say(bucket_table(flat))
     if balance:
@@ -302,8 +302,12 @@ def make_pictures(images: Sequence[CaptionedImage], models: Models, config: Pict
     ]
 
 
-def _check_captions(pictures: Sequence[Picture], models: Models) -> None:
-    """Refuse captions that the text encoder would cut."""
+def check_captions(pictures: Sequence[Picture], models: Models) -> None:
+    """Refuse captions that the text encoder would cut.
+
+    Raises:
+        InputError: naming their files and lengths.
+    """
     limit = models.tokenizer.model_max_length
     unique = {caption: picture.image for picture in reversed(pictures) for caption in picture.captions}
     lengths = [len(ids) for ids in models.tokenizer(list(unique)).input_ids]

@@ -139,6 +139,30 @@ class PictureConfig:
         return self.random_crop or not self.center_crop
 
 
+@dataclass(frozen=True, kw_only=True)
+class WatchConfig:
+    """Loss on held-out images, always at the same timesteps and with the same noise."""
+
+    heldout_steps: int | None = None
+    """Steps between looks at the loss on held-out and on training images (heldout.jsonl); none if absent. Ours."""
+    validation_data_dir: Path | None = None
+    """Folder of the held-out images; `validation` beside the training folder if absent. Ours."""
+    heldout_images: int = 64
+    """Held-out images, and training images, in a look; every caption about equally often. Ours."""
+    heldout_timesteps: int = 4
+    """Bands of timesteps; each image is seen once in each. Ours."""
+
+    def __post_init__(self) -> None:
+        """Check ranges."""
+        need_positive(
+            heldout_steps=self.heldout_steps,
+            heldout_images=self.heldout_images,
+            heldout_timesteps=self.heldout_timesteps,
+        )
+        if self.validation_data_dir is not None and self.heldout_steps is None:
+            raise refuse("validation_data_dir", self.validation_data_dir, "needs --heldout_steps, how often to look")
+
+
 EPSILON_OF_PURE_NOISE = (
     "the schedule ends in pure noise (zero-terminal SNR), where epsilon is read off the input and nothing is learned; "
     "--prediction_type v_prediction is needed"
@@ -404,6 +428,10 @@ CHANGEABLE = frozenset(
         "num_validation_images",
         "validation_epochs",
         "validation_steps",
+        "heldout_steps",
+        "validation_data_dir",
+        "heldout_images",
+        "heldout_timesteps",
         "dataloader_num_workers",
         "latent_cache_dir",
         "cache_dir",

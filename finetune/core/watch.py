@@ -1,0 +1,251 @@
+"""Loss on images that are held out, and on training images, always at the same (image, timestep, noise) triples.
+
+What moves between two looks is the model alone. Each image is seen once in every band of timesteps; its draws hang on
+its content, not on the run's seed, so runs compare. Training's own draws are not touched.
+
+Shapes: images N, bands T, batch B, latents (4, h, w).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from accelerate.utils import DistributedType, gather_object
+from numpy.typing import NDArray
+from scipy.stats import t as student_t
+from torch import Tensor
+
+from configs.errors import InputError, UsageError
+from eval.sampling import evaluating
+from finetune.core.averages import Averages
+from finetune.core.batches import Batch, check_captions, make_pictures
+from finetune.core.config import PictureConfig, WatchConfig
+from finetune.core.images import CaptionedImage, read_folder
+from finetune.core.latents import CachedLatents, cached_latents
+from finetune.core.models import Denoiser, encode_prompts, tokenize
+from finetune.core.noise import counter_seed, draw, permutation
+from finetune.core.objective import denoising_loss
+from finetune.core.open import Opened
+from finetune.core.pictures import CENTRE, Picture
+from finetune.core.run import HELDOUT
+
+Row = dict[str, object]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Watch:
+    """Two fixed sets of pictures, and how to look at the loss on them.
+
+    Attributes:
+        sets: `validation` and `train`, or none: nothing is looked at.
+        prompts: (U, L, D) embeddings, or (U, L) int64 token ids where the text encoder learns.
+        prompt_rows: for each caption, its row in ``prompts``.
+        averages: looked at in the place of what learns, where they are kept.
+    """
+
+    config: WatchConfig
+    opened: Opened
+    sets: dict[str, list[Picture]]
+    latents: CachedLatents
+    prompts: Tensor
+    prompt_rows: dict[str, int]
+    averages: Averages
+
+    def look(self, step: int) -> None:
+        """Write the losses to ``heldout.jsonl`` and the trackers, if they are due after this step."""
+        run = self.opened.run
+        every = self.config.heldout_steps
+        if every is None or run.train.dry_run or (step % every and step != run.total_steps):
+            return
+        rows = [
+            {"step": step, "set": name, **row}
+            for name, pictures in self.sets.items()
+            for row in summary(self.losses(pictures), [one.image.caption for one in pictures], self.bands)
+        ]
+        if not run.is_main:
+            return
+        with (run.folder / HELDOUT).open("a", encoding="utf-8") as stream:
+            stream.write("".join(json.dumps(row) + "\n" for row in rows))
+        whole = {str(row["set"]): row for row in rows if row["band"] is None and row["caption"] is None}
+        run.accelerator.log({f"heldout/{name}": row["loss"] for name, row in whole.items()}, step=step)
+        if step == run.total_steps:
+            said = [f"{row['loss']:.4f} on {row['n']} {name} images" for name, row in whole.items()]
+            run.say(f"loss at fixed noise: {', '.join(said)} ({HELDOUT})")
+
+    @property
+    def bands(self) -> list[tuple[int, int]]:
+        """The bands of timesteps, half-open."""
+        count, total = self.config.heldout_timesteps, self.opened.schedule.num_timesteps
+        return [(band * total // count, (band + 1) * total // count) for band in range(count)]
+
+    @torch.no_grad()
+    def losses(self, pictures: Sequence[Picture]) -> NDArray[np.float64]:
+        """Return the loss of each picture in each band, (N, T), without any weight; processes share the work."""
+        run, models = self.opened.run, self.opened.models
+        denoiser = Denoiser(models.text_encoder, models.unet)
+        values = np.zeros((len(pictures), len(self.bands)))
+        mine: list[tuple[int, float]] = []
+        with self.averages.in_place(), evaluating(models), run.accelerator.autocast():
+            for number, (cells, batch) in enumerate(self._batches(pictures)):
+                if number % run.accelerator.num_processes == run.accelerator.process_index:
+                    losses = denoising_loss(denoiser, batch, schedule=self.opened.schedule)
+                    mine += zip(cells, losses.double().tolist(), strict=True)
+        for cell, value in gather_object(mine):
+            values.flat[cell] = value
+        return values
+
+    def _batches(self, pictures: Sequence[Picture]) -> Iterator[tuple[list[int], Batch]]:
+        """Yield the triples of the pictures, as many at a time as training takes, with their places in the table."""
+        bands, size = self.bands, self.opened.run.train.train_batch_size
+        for shape in sorted({picture.shape for picture in pictures}):
+            members = [place for place, picture in enumerate(pictures) if picture.shape == shape]
+            cells = [place * len(bands) + band for place in members for band in range(len(bands))]
+            for start in range(0, len(cells), size):
+                chosen = cells[start : start + size]
+                yield chosen, self._batch([(pictures[cell // len(bands)], cell % len(bands)) for cell in chosen])
+
+    def _batch(self, rows: Sequence[tuple[Picture, int]]) -> Batch:
+        """Return the triples of some pictures, each in one band."""
+        models, device = self.opened.models, self.opened.device
+        moments = self.latents.of(rows[0][0].shape, [picture.key(CENTRE) for picture, _ in rows], device)
+        shape = (moments.mean.shape[1], moments.mean.shape[2], moments.mean.shape[3])
+        total = self.opened.schedule.num_timesteps
+        draws = [
+            draw(counter_seed(0, picture.image.content, 0), band, shape=shape, num_timesteps=total)
+            for picture, band in rows
+        ]
+        ends = [self.bands[band] for _, band in rows]
+        timesteps = [low + one.timestep * (high - low) // total for one, (low, high) in zip(draws, ends, strict=True)]
+        noise = torch.stack([one.noise for one in draws]).to(device)
+        prompts = [self.prompt_rows[picture.image.caption] for picture, _ in rows]
+        return Batch(
+            latents=moments.mean * models.vae.config.scaling_factor,
+            noise=noise,
+            input_noise=noise,
+            timesteps=torch.tensor(timesteps, device=device),
+            prompts=self.prompts[torch.tensor(prompts, device=self.prompts.device)],
+            weights=torch.ones(len(rows), device=device),
+            names=tuple(picture.image.path.name for picture, _ in rows),
+            positions=tuple(range(len(rows))),
+        )
+
+
+def summary(losses: NDArray[np.float64], captions: Sequence[str], bands: Sequence[tuple[int, int]]) -> list[Row]:
+    """Return the mean loss with its interval: over all, by band of timesteps, and by caption.
+
+    The interval is Student's t over the means of images, 95 %. It says how far other images of this kind would move the
+    mean; neighbouring slices of one volume resemble each other, so with those it is too narrow.
+
+    Args:
+        losses: (N, T), of each image in each band.
+        captions: of the images; those with one image have no row of their own.
+        bands: half-open ranges of timesteps.
+    """
+    rows = [{"band": None, "caption": None, **_mean(losses.mean(axis=1))}]
+    rows += [{"band": list(band), "caption": None, **_mean(losses[:, place])} for place, band in enumerate(bands)]
+    for caption, count in sorted(Counter(captions).items()):
+        if count > 1:
+            chosen = [place for place, one in enumerate(captions) if one == caption]
+            rows.append({"band": None, "caption": caption, **_mean(losses[chosen].mean(axis=1))})
+    return rows
+
+
+def _mean(values: NDArray[np.float64]) -> Row:
+    """Return a mean, the ends of its interval (None for a single value), and how many values it is of."""
+    count, mean = len(values), float(values.mean())
+    if count < 2:
+        return {"loss": mean, "low": None, "high": None, "n": count}
+    half = float(student_t.ppf(0.975, count - 1)) * float(values.std(ddof=1)) / math.sqrt(count)
+    return {"loss": mean, "low": mean - half, "high": mean + half, "n": count}
+
+
+def spread_over_captions(images: Sequence[CaptionedImage], count: int) -> list[CaptionedImage]:
+    """Return a fixed subset of images that has every caption about equally often."""
+    seen: Counter[str] = Counter()
+    ranked = []
+    for place in permutation(0, -2, len(images)).tolist():
+        caption = images[place].caption
+        ranked.append((seen[caption], place))
+        seen[caption] += 1
+    ranked.sort(key=lambda pair: pair[0])
+    return [images[place] for _, place in ranked[:count]]
+
+
+def watch_losses(
+    config: WatchConfig,
+    opened: Opened,
+    pictures: PictureConfig,
+    averages: Averages,
+    *,
+    beside: Path,
+    learns_text: bool,
+    captions: Sequence[str] = (),
+    image_column: str = "image",
+    caption_column: str = "text",
+) -> Watch:
+    """Choose the images to look at, encode them, and return the watch; without ``--heldout_steps`` it never looks.
+
+    Args:
+        config: how often, and at how much.
+        opened: the run, with its training images.
+        pictures: as in training, but for crops and flips: each is seen as it is, cut in the centre.
+        averages: of what learns.
+        beside: a training folder; held-out images are in `validation` beside it, unless their folder is given.
+        learns_text: the text encoder, or rows of its tokens, learn.
+        captions: as for ``images.read_folder``.
+        image_column: likewise.
+        caption_column: likewise.
+
+    Raises:
+        UsageError: there is no such folder, or the weights are spread over processes.
+        InputError: as ``images.read_folder``; or an image is held out and trained on.
+    """
+    run, models = opened.run, opened.models
+    plain = dataclasses.replace(
+        pictures, center_crop=True, random_crop=False, cache_crops=0, random_flip=False, flips={}
+    )
+    sets: dict[str, list[Picture]] = {}
+    if config.heldout_steps is not None:
+        if run.accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED):
+            raise UsageError(
+                f"--heldout_steps {config.heldout_steps}: not with {run.accelerator.distributed_type.value}, where no "
+                "process holds the whole model; leave it out"
+            )
+        flag, folder = "--validation_data_dir", config.validation_data_dir or beside.resolve().parent / "validation"
+        if not folder.is_dir():
+            raise UsageError(
+                f"--heldout_steps {config.heldout_steps}: there is no folder {folder}; name one with {flag}"
+            )
+        heldout = read_folder(folder, flag, captions=captions, image_column=image_column, caption_column=caption_column)
+        trained = {image.content: image for image in opened.images}
+        if both := [image for image in heldout if image.content in trained]:
+            raise InputError(
+                f"{flag} {folder}: {len(both)} of its images are training images, too, such as {both[0].path}; what "
+                "is learned from cannot be held out"
+            )
+        for name, found in (("validation", heldout), ("train", list(trained.values()))):
+            chosen = spread_over_captions(found, config.heldout_images)
+            sets[name] = [way for (way,) in make_pictures(chosen, models, plain)]
+    flat = [picture for members in sets.values() for picture in members]
+    texts = sorted({picture.image.caption for picture in flat})
+    if flat:
+        check_captions(flat, models)
+        sizes = ", ".join(f"{len(members)} {name} images" for name, members in sets.items())
+        run.say(f"loss at fixed noise: every {config.heldout_steps} steps, on {sizes}")
+    return Watch(
+        config=config,
+        opened=opened,
+        sets=sets,
+        latents=cached_latents(flat, models.vae, plain, run) if flat else CachedLatents(moments={}, rows={}),
+        prompts=(tokenize if learns_text else encode_prompts)(models, ["", *texts]).to(opened.device),
+        prompt_rows={text: row for row, text in enumerate(texts, start=1)},
+        averages=averages,
+    )
