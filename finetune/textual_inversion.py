@@ -48,6 +48,14 @@ class NoPriorConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class TextualInversionTrainConfig(TrainConfig):
+    """The loop, with the defaults of diffusers' textual_inversion.py."""
+
+    max_train_steps: int | None = 5000
+    """Optimizer updates in all; `null` for num_train_epochs."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class TextualInversionRun:
     """Settings of a Textual Inversion run."""
 
@@ -55,7 +63,7 @@ class TextualInversionRun:
     train_data_dir: tuple[Path, ...]
     """Folder with images of what the word shall mean; or several folders."""
     tokens: TokenConfig
-    train: TrainConfig
+    train: TextualInversionTrainConfig
     sentences: SentenceConfig = field(default_factory=SentenceConfig)
     pictures: PictureConfig = field(default_factory=PictureConfig)
     noise: NoiseConfig = field(default_factory=NoiseConfig)

@@ -129,8 +129,8 @@ def test_refused_flag_is_refused_by_name(flag: str, recipe: str) -> None:
 @pytest.mark.parametrize(("flag", "recipe"), [pair for pair in PAIRS if not TABLE[pair[0]].is_refused])
 def test_default_is_that_of_the_script(flag: str, recipe: str) -> None:
     row, option = TABLE[flag], options(recipe)[flag]
-    said = re.search(r"default here `(.+?)`", row.here)
-    expected = said[1] if said else row.defaults[recipe]
+    said = re.search(r"default here (?:in `(\w+)` )?`([^`]+)`", row.here)
+    expected = said[2] if said and said[1] in (None, recipe) else row.defaults[recipe]
     if expected == "required":
         assert option.is_required or flag in {"instance_prompt", "train_data_dir"}  # captions may come with the images
         return
