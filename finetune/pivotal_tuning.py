@@ -49,6 +49,16 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, kw_only=True)
+class PivotalTuningTrainConfig(TrainConfig):
+    """The loop; batch and rate as in LoRA + DreamBooth, length as in Textual Inversion."""
+
+    train_batch_size: int = 4
+    """Images per process in one forward pass; with class images as many of them beside."""
+    max_train_steps: int | None = 2000
+    """Optimizer updates in all; `null`: as many as num_train_epochs gives."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class PivotConfig:
     """When the word is done and the adapters begin."""
 
@@ -84,7 +94,7 @@ class PivotalTuningRun:
     instance_data_dir: Path
     """Folder with images of the subject."""
     tokens: TokenConfig
-    train: TrainConfig
+    train: PivotalTuningTrainConfig
     pivot: PivotConfig = field(default_factory=PivotConfig)
     sentences: SentenceConfig = field(default_factory=SentenceConfig)
     pictures: PictureConfig = field(default_factory=PictureConfig)
@@ -94,7 +104,7 @@ class PivotalTuningRun:
     noise: NoiseConfig = field(default_factory=NoiseConfig)
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     ema: EmaConfig = field(default_factory=EmaConfig)
-    previews: PreviewConfig = field(default_factory=PreviewConfig)
+    previews: PreviewConfig = field(default_factory=lambda: PreviewConfig(validation_steps=100))
     hub: HubConfig = field(default_factory=HubConfig)
     refused: RefusedConfig = field(default_factory=RefusedConfig)
 
@@ -107,6 +117,11 @@ class PivotalTuningRun:
             raise refuse("pre_compute_text_embeddings", True, "leave it out: they change with the rows of the word")
         if self.prior.class_prompt is not None and word in self.prior.class_prompt:
             raise refuse("class_prompt", self.prior.class_prompt, f"the base model does not know {word}; leave it out")
+        folder = self.prior.class_data_dir
+        if folder is not None and folder.resolve() == self.instance_data_dir.resolve():
+            raise refuse(
+                "class_data_dir", folder, "is --instance_data_dir, too; class images need a folder of their own"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -169,20 +184,17 @@ def train_word_and_adapters(opened: Opened, config: PivotalTuningRun, alone: int
     from finetune.core.loop import train
     from finetune.core.models import Denoiser
     from finetune.core.objective import denoising_loss
-    from finetune.core.optimizer import base_learning_rate
+    from finetune.core.optimizer import base_learning_rate, learning_rates
     from finetune.core.previews import Previews
     from finetune.core.prior import with_prior
     from finetune.core.tokens import add_word
-    from finetune.core.trainable import Group, Learns, lora_adapters
+    from finetune.core.trainable import Group, Learns, checkpoint_gradients, lora_adapters
     from finetune.core.weights import save_embeddings, save_lora
 
     run, models, schedule, images = opened.run, opened.models, opened.schedule, opened.images
-    rate = base_learning_rate(config.train, run.accelerator.num_processes)
+    rate, text_rate = learning_rates(config.train, config.text_encoder, run.accelerator.num_processes)
     token_lr = config.pivot.token_lr or config.train.learning_rate
-    scale = rate / config.train.learning_rate
-    text_encoder_rate = None
-    if config.text_encoder.train_text_encoder:
-        text_encoder_rate = (config.text_encoder.text_encoder_lr or config.train.learning_rate) * scale
+    token_rate = base_learning_rate(config.train, run.accelerator.num_processes, token_lr)
     word = add_word(models, config.tokens)
     batches = captioned_batches(
         images, models, config.pictures, config.noise, run, num_timesteps=schedule.num_timesteps, learns_text=True
@@ -190,22 +202,20 @@ def train_word_and_adapters(opened: Opened, config: PivotalTuningRun, alone: int
     # A class prompt gives the rows no gradient, and before the pivot nothing else learns.
     then = with_prior(batches, opened, config.prior, config.pictures, config.noise, learns_text=True, adapts=True)
     models.unet.to(run.weight_dtype)
-    adapters = lora_adapters(
-        models, config.lora, learning_rate=rate, seed=run.seed, text_encoder_rate=text_encoder_rate
-    )
+    adapters = lora_adapters(models, config.lora, learning_rate=rate, seed=run.seed, text_encoder_rate=text_rate)
     word.embedding.rows.requires_grad_(True)  # peft has frozen all that it found
-    rows = word.learns(token_lr * scale, partial(_before, alone, config.pivot.token_lr_after / token_lr)).groups
+    rows = word.learns(token_rate, partial(_before, alone, config.pivot.token_lr_after / token_lr)).groups
     learns = Learns(
         (*rows, *(Group(one.parameters, one.learning_rate, partial(_after, alone)) for one in adapters.groups))
     )
     averages = Averages(learns, config.ema)
     if config.train.gradient_checkpointing:
-        models.unet.enable_gradient_checkpointing()
+        checkpoint_gradients(models)
     loss = partial(denoising_loss, schedule=schedule, snr_gamma=config.objective.snr_gamma)
     previews = Previews(
         models, config.previews, run, size=batches.size, steps_per_epoch=batches.steps_per_epoch, averages=averages
     )
-    provenance = opened.provenance("pivotal_tuning", height=batches.size, width=batches.size)
+    provenance = opened.provenance("pivotal_tuning", height=batches.size, width=batches.size, prior=config.prior)
     run.say(
         f"pivotal tuning: {len(word.pieces)} rows learn {word.placeholder} for {alone} steps, then "
         f"{adapters.num_weights:,} weights of adapters up to step {run.total_steps}, from "

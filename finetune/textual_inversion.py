@@ -69,7 +69,7 @@ class TextualInversionRun:
     noise: NoiseConfig = field(default_factory=NoiseConfig)
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     ema: EmaConfig = field(default_factory=EmaConfig)
-    previews: PreviewConfig = field(default_factory=PreviewConfig)
+    previews: PreviewConfig = field(default_factory=lambda: PreviewConfig(validation_steps=100))
     hub: HubConfig = field(default_factory=HubConfig)
     prior: NoPriorConfig = field(default_factory=NoPriorConfig)
     refused: RefusedConfig = field(default_factory=RefusedConfig)
@@ -105,6 +105,7 @@ def train_word(opened: Opened, config: TextualInversionRun) -> None:
     from finetune.core.optimizer import base_learning_rate
     from finetune.core.previews import Previews
     from finetune.core.tokens import add_word, into_table
+    from finetune.core.trainable import checkpoint_gradients
     from finetune.core.weights import save_embeddings, save_pipeline
 
     run, models, schedule, images = opened.run, opened.models, opened.schedule, opened.images
@@ -116,7 +117,7 @@ def train_word(opened: Opened, config: TextualInversionRun) -> None:
     learns = word.learns(base_learning_rate(config.train, run.accelerator.num_processes))
     averages = Averages(learns, config.ema)
     if config.train.gradient_checkpointing:
-        models.unet.enable_gradient_checkpointing()
+        checkpoint_gradients(models)
     loss = partial(denoising_loss, schedule=schedule, snr_gamma=config.objective.snr_gamma)
     previews = Previews(
         models, config.previews, run, size=batches.size, steps_per_epoch=batches.steps_per_epoch, averages=averages
