@@ -240,7 +240,7 @@ def captioned_batches(
 
     Raises:
         UsageError: a resolution that the VAE cannot give back, or a pipeline not generate; a flip that makes a caption
-            untrue; a column to balance that is not there.
+            untrue.
         InputError: images that do not decode, or captions longer than the text encoder reads, with their files.
     """
     pictures = make_pictures(images, models, config)
@@ -324,9 +324,6 @@ def _groups(images: Sequence[CaptionedImage], balance: Sequence[str]) -> list[tu
     """Return the places of images that share the values of some columns, group by group; all in one without columns."""
     groups = defaultdict(list)
     for place, image in enumerate(images):
-        if missing := [key for key in balance if key not in image.columns]:
-            keys = ", ".join(image.columns) or "none"
-            raise UsageError(f"--balance {missing[0]}: {image.where} has no such key; its keys: {keys}")
         groups[tuple(image.columns[key] for key in balance)].append(place)
     return [tuple(groups[values]) for values in sorted(groups)]
 

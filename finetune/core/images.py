@@ -16,7 +16,7 @@ from typing import Any
 
 from PIL import ExifTags, Image, UnidentifiedImageError
 
-from configs.errors import InputError
+from configs.errors import InputError, UsageError
 from data_prep.manifest import MANIFEST_NAME, METADATA_NAME, is_inside, read_manifest, read_records, sha256_of
 from finetune.core.config import ImageFolderConfig
 from finetune.core.method_config import InstanceConfig
@@ -63,6 +63,7 @@ def read_images(config: ImageFolderConfig) -> list[CaptionedImage]:
 
     Raises:
         InputError: as ``read_folder``.
+        UsageError: a key of ``--balance`` that a row does not have.
     """
     images = [
         image
@@ -71,6 +72,10 @@ def read_images(config: ImageFolderConfig) -> list[CaptionedImage]:
             folder, "--train_data_dir", image_column=config.image_column, caption_column=config.caption_column
         )
     ]
+    for key in config.balanced_keys:
+        if without := [image for image in images if key not in image.columns]:
+            keys = ", ".join(without[0].columns) or "none"
+            raise UsageError(f"--balance {key}: {without[0].where} has no such key; its keys: {keys}")
     if config.max_train_samples is not None:
         # Not by the run's seed, which may not be drawn yet; seeds then compare on the same images, too.
         chosen = permutation(0, -1, len(images))[: config.max_train_samples]
@@ -83,6 +88,7 @@ def read_instance_images(config: InstanceConfig) -> list[CaptionedImage]:
 
     Raises:
         InputError: as ``read_folder``.
+        UsageError: a key of ``--balance`` that a row does not have.
     """
     captions = () if config.instance_prompt is None else (config.instance_prompt,)
     return read_folder(config.instance_data_dir, "--instance_data_dir", captions=captions)

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 
 from configs.errors import UsageError
-from finetune.core.config import ModelConfig, NoiseConfig, TrainConfig
+from finetune.core.config import ModelConfig, NoiseConfig, PictureConfig, TrainConfig
+from finetune.core.flips import ways_to_show
 from finetune.core.images import CaptionedImage, data_hash
 from finetune.core.method_config import PriorConfig
 from finetune.core.models import Models, check_folder, load_models, model_hash
@@ -32,6 +33,10 @@ class Recipe(Protocol):
     @property
     def noise(self) -> NoiseConfig:
         """How pictures are made noisy."""
+
+    @property
+    def pictures(self) -> PictureConfig:
+        """How images become training pictures."""
 
     @property
     def train(self) -> TrainConfig:
@@ -100,7 +105,7 @@ def open_run(
         prior: what is to be preserved, checked before the run starts.
 
     Raises:
-        UsageError: no such model, or a run that cannot be started or continued.
+        UsageError: no such model, a flip that makes a caption untrue, or a run that cannot be started or continued.
         InputError: class images that belong to another base model or prompt.
     """
     source, base_hash = config.model, None
@@ -108,6 +113,7 @@ def open_run(
     check_folder(name)
     with suppress(UsageError):  # a model of the hub that is not downloaded yet
         base_hash = model_hash(name, revision=source.revision, cache_dir=source.cache_dir)
+    ways_to_show(images, config.pictures)
     if prior is not None:
         check_prior(prior, base_hash)
     with start_run(
