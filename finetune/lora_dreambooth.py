@@ -25,6 +25,7 @@ from finetune.core.config import (
     PreviewConfig,
     RefusedConfig,
     TrainConfig,
+    WatchConfig,
 )
 from finetune.core.method_config import (
     EmaConfig,
@@ -66,6 +67,7 @@ class LoraDreamBoothRun:
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     ema: EmaConfig = field(default_factory=EmaConfig)
     previews: PreviewConfig = field(default_factory=lambda: PreviewConfig(validation_epochs=50))
+    watch: WatchConfig = field(default_factory=WatchConfig)
     hub: HubConfig = field(default_factory=HubConfig)
     refused: RefusedConfig = field(default_factory=RefusedConfig)
 
@@ -99,6 +101,7 @@ def train_lora_dreambooth(opened: Opened, config: LoraDreamBoothRun) -> None:
     from finetune.core.previews import Previews
     from finetune.core.prior import with_prior
     from finetune.core.trainable import checkpoint_gradients, lora_adapters
+    from finetune.core.watch import watch_losses
     from finetune.core.weights import save_lora
 
     run, models, schedule, images = opened.run, opened.models, opened.schedule, opened.images
@@ -130,6 +133,15 @@ def train_lora_dreambooth(opened: Opened, config: LoraDreamBoothRun) -> None:
         steps_per_epoch=batches.steps_per_epoch,
         averages=averages,
     )
+    watch = watch_losses(
+        config.watch,
+        opened,
+        config.pictures,
+        averages,
+        beside=config.instance.instance_data_dir,
+        learns_text=learns_text,
+        captions=config.instance.captions,
+    )
     run.say(
         f"LoRA + DreamBooth: {learns.num_weights:,} weights learn from {len(images)} images in {run.total_steps} steps "
         f"of {config.train.train_batch_size} x {config.train.gradient_accumulation_steps} images, seed {run.seed}"
@@ -137,11 +149,13 @@ def train_lora_dreambooth(opened: Opened, config: LoraDreamBoothRun) -> None:
 
     if run.checkpoint is None:
         previews.show(0)
+        watch.look(0)
     denoiser = Denoiser(models.text_encoder, models.unet)
     for step in train(run, denoiser, learns, updates, loss, config.train, averages):
         averages.update()
         run.log(step)
         previews.show(step.number)
+        watch.look(step.number)
 
     if run.is_main:
         provenance = opened.provenance("lora_dreambooth", height=batches.size, width=batches.size, prior=config.prior)

@@ -22,7 +22,7 @@ from configs.load import load
 from eval.config import SamplingConfig
 from eval.sampling import sample
 from finetune.core.batches import Update, captioned_batches
-from finetune.core.config import ModelConfig, NoiseConfig, PictureConfig, TrainConfig
+from finetune.core.config import HubConfig, ModelConfig, NoiseConfig, PictureConfig, TrainConfig
 from finetune.core.images import read_folder
 from finetune.core.method_config import LoraConfig, PriorConfig
 from finetune.core.models import Denoiser, load_models
@@ -45,6 +45,8 @@ class Settings:
     model: ModelConfig
     train: TrainConfig
     noise: NoiseConfig = NOISE
+    pictures: PictureConfig = PICTURES
+    hub: HubConfig = HubConfig()
 
 
 @pytest.fixture

@@ -90,8 +90,7 @@ def read_instance_images(config: InstanceConfig) -> list[CaptionedImage]:
         InputError: as ``read_folder``.
         UsageError: a key of ``--balance`` that a row does not have.
     """
-    captions = () if config.instance_prompt is None else (config.instance_prompt,)
-    return read_folder(config.instance_data_dir, "--instance_data_dir", captions=captions)
+    return read_folder(config.instance_data_dir, "--instance_data_dir", captions=config.captions)
 
 
 def read_folder(

@@ -106,6 +106,11 @@ class InstanceConfig:
     instance_prompt: str | None = None
     """Caption of all of them, such as "a photo of sks dog"; captions of their own are read if absent."""
 
+    @property
+    def captions(self) -> tuple[str, ...]:
+        """The caption of all images; none where they have captions of their own."""
+        return () if self.instance_prompt is None else (self.instance_prompt,)
+
 
 @dataclass(frozen=True, kw_only=True)
 class PriorConfig:
