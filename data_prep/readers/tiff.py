@@ -267,6 +267,9 @@ def _stack(path: Place, tif: tifffile.TiffFile, pages: list[Page], num_bytes: in
         else:
             runs.append([page])
     declared = axes_of(path, tif)
+    if len(runs) == 1 and len(declared) > 1 and sum(one.num_planes for one in declared) == len(full) > len(declared):
+        ends = np.cumsum([one.num_planes for one in declared])
+        runs = [full[end - one.num_planes : end] for one, end in zip(declared, ends.tolist(), strict=True)]
     warnings = []
     if config.series is not None:
         if config.series >= max(len(runs), len(declared)):
@@ -301,9 +304,9 @@ def _largest(path: Place, runs: list[list[Page]]) -> int:
     for number, run in enumerate(runs):
         is_thumbnail = 3 * run[0].kind.rows <= 2 * volume.rows and 3 * run[0].kind.columns <= 2 * volume.columns
         if number != chosen and not is_thumbnail:
-            raise InputError(
-                f"{path}: pages differ in size or type ({_listed(runs)}); keep one kind per file, or choose by --series"
-            )
+            is_alike = len({run[0].kind for run in runs}) == 1
+            what = "holds more than one volume" if is_alike else "pages differ in size or type"
+            raise InputError(f"{path}: {what} ({_listed(runs)}); keep one per file, or choose by --series")
     return chosen
 
 

@@ -21,6 +21,8 @@ from data_prep.readers.places import Place, one_line, open_place, size_of
 
 # A directory has a few dozen tags; tifffile, too, takes more than these for damage.
 _MOST_TAGS = 4096
+# Bytes of a value by the number of its type (TIFF 6.0 and BigTIFF).
+_TYPE_BYTES = {1: 1, 2: 1, 3: 2, 4: 4, 5: 8, 6: 1, 7: 1, 8: 2, 9: 4, 10: 8, 11: 4, 12: 8, 13: 4, 16: 8, 17: 8, 18: 8}
 # Writers that align strips to words count up to 3 bytes that hold nothing.
 _ALIGNMENT = 3
 _GREY = (tifffile.PHOTOMETRIC.MINISWHITE, tifffile.PHOTOMETRIC.MINISBLACK)
@@ -160,10 +162,23 @@ def _chain(file: BinaryIO, num_bytes: int) -> tuple[list[int], str | None]:
             return offsets, f"directory {number} claims {count} entries"
         if end + offset_size > num_bytes:
             return offsets, f"directory {number} ends at byte {end + offset_size} of {num_bytes}"
+        entries = _bytes(file, offset + count_size, count * tag_size)
+        if (last := _last_byte(entries, order, is_big)) > num_bytes:
+            return offsets, f"directory {number} keeps values up to byte {last} of {num_bytes}"
         offsets.append(offset)
         seen.add(offset)
         offset = struct.unpack(order + offset_format, _bytes(file, end, offset_size))[0]
     return offsets, None if offsets else "there is no directory"
+
+
+def _last_byte(entries: bytes, order: str, is_big: bool) -> int:
+    """Return where the last value of a directory ends that does not fit into the directory itself."""
+    room, last = (8, 0) if is_big else (4, 0)
+    for _, kind, count, where in struct.iter_unpack(f"{order}HH{'QQ' if is_big else 'II'}", entries):
+        size = count * _TYPE_BYTES.get(kind, 0)
+        if size > room:
+            last = max(last, where + size)
+    return last
 
 
 def _bytes(file: BinaryIO, offset: int, count: int) -> bytes:
