@@ -169,3 +169,26 @@ def test_an_adapter_that_would_lose_layers_is_refused(toy_sd: Path, tmp_path: Pa
     save_file(foreign, tmp_path / "foreign.safetensors", metadata={"format": "pt", "other": json.dumps({})})
     with pytest.raises(InputError, match="47 of its 61 layers"):
         load_adapter(load_models(str(toy_sd)), tmp_path / "foreign.safetensors")
+
+
+def test_another_length_of_prompts_is_kept_within_what_the_text_encoder_reads(toy_sd: Path) -> None:
+    models = load_models(str(toy_sd), tokenizer_max_length=20)
+    assert encode_prompts(models, ["sf_dry"]).shape == (1, 20, 16)
+    with pytest.raises(UsageError, match="--tokenizer_max_length 78: the text encoder reads 77 at most"):
+        load_models(str(toy_sd), tokenizer_max_length=78)
+
+
+def test_another_tokenizer_must_fit_the_text_encoder(toy_sd: Path, tmp_path: Path) -> None:
+    tokenizer = load_models(str(toy_sd)).tokenizer
+    tokenizer.model_max_length = 33
+    tokenizer.save_pretrained(tmp_path / "same")
+    assert load_models(str(toy_sd), tokenizer_name=str(tmp_path / "same")).tokenizer.model_max_length == 33
+    tokenizer.add_tokens(["<new>"])
+    tokenizer.save_pretrained(tmp_path / "more")
+    with pytest.raises(UsageError, match=r"--tokenizer_name .*more: has 515 pieces, the text encoder knows 514"):
+        load_models(str(toy_sd), tokenizer_name=str(tmp_path / "more"))
+
+
+def test_a_folder_has_no_revision_for_its_unet(toy_sd: Path) -> None:
+    with pytest.raises(UsageError, match=r"--non_ema_revision main: .* is a folder, which has no revisions"):
+        load_models(str(toy_sd), unet_revision="main")

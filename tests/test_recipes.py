@@ -71,7 +71,7 @@ def test_a_run_leaves_exactly_these_files(train: Train) -> None:
         *(f"checkpoint-{n}/{name}" for n in (3, 6) for name in ("learned.safetensors", "optimizer.safetensors")),
         *(f"checkpoint-{n}/state.json" for n in (3, 6)),
         *(f"previews/step-00000{n}.png" for n in (0, 4, 8)),
-        *("config.yaml", "environment.json", "metrics.jsonl", "provenance.json", LORA_FILE),
+        *("README.md", "config.yaml", "environment.json", "metrics.jsonl", "provenance.json", LORA_FILE),
     ]
     assert [name for name in files_of(folder) if not name.startswith("cache/")] == sorted(expected)
     assert [row["step"] for row in untimed(folder / "metrics.jsonl")] == [2, 4, 6, 8]
@@ -360,9 +360,18 @@ def test_divergence_leaves_no_weights(train: Train, tmp_path: Path) -> None:
         (["--report_to", "abacus"], UsageError, "--report_to abacus: must be one of"),
         (["--resume_from_checkpoint", "checkpoint-99"], UsageError, "checkpoint-99: there is no such folder"),
         (["--random_flip"], UsageError, "is a slice of axis warp; mirrored it is a slice of another weave"),
-        (["--dataset_name", "a/b"], UsageError, "--dataset_name a/b: not read here"),
+        (["--dataset_name", "a/b"], InputError, "--dataset_name a/b: cannot be read"),
         (["--no_safe_serialization"], UsageError, "--no_safe_serialization: weights are written as safetensors"),
         (["--rank", "0"], UsageError, "--rank 0: must be above 0"),
+        (["--push_to_hub"], UsageError, "--push_to_hub: HF_HUB_OFFLINE is set; unset it, or leave it out"),
+        (["--use_8bit_adam"], UsageError, "--use_8bit_adam: needs a GPU"),
+        (
+            ["--enable_xformers_memory_efficient_attention"],
+            UsageError,
+            "--enable_xformers_memory_efficient_attention: needs a GPU",
+        ),
+        (["--report_to", "wandb"], UsageError, "--report_to wandb: the package is not installed"),
+        (["--dry_run", "--overwrite"], UsageError, "--dry_run: changes nothing; leave out --overwrite"),
     ],
 )
 def test_a_mistake_is_named_before_anything_is_written(

@@ -10,8 +10,10 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 
 from configs.errors import UsageError
-from finetune.core.config import ModelConfig, NoiseConfig, PictureConfig, TrainConfig
+from finetune.core.card import write_card
+from finetune.core.config import HubConfig, ModelConfig, NoiseConfig, PictureConfig, TrainConfig
 from finetune.core.flips import ways_to_show
+from finetune.core.hub import check_hub, find_repository, push
 from finetune.core.images import CaptionedImage, data_hash
 from finetune.core.method_config import PriorConfig
 from finetune.core.models import Models, check_folder, load_models, model_hash
@@ -41,6 +43,10 @@ class Recipe(Protocol):
     @property
     def train(self) -> TrainConfig:
         """The loop."""
+
+    @property
+    def hub(self) -> HubConfig:
+        """Whether to upload what the run leaves."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,6 +102,8 @@ def open_run(
 ) -> Iterator[Opened]:
     """Check the base model, start or continue the run, load the model; for a ``with`` block.
 
+    When the block has ended well, the model card is written, and the folder uploaded with ``--push_to_hub``.
+
     Args:
         config: the recipe's settings, whole.
         images: that passed the checks.
@@ -108,6 +116,7 @@ def open_run(
         UsageError: no such model, a flip that makes a caption untrue, or a run that cannot be started or continued.
         InputError: class images that belong to another base model or prompt.
     """
+    check_hub(config.hub)
     source, base_hash = config.model, None
     name = source.pretrained_model_name_or_path
     check_folder(name)
@@ -125,6 +134,8 @@ def open_run(
         more_files=more_files,
         base_hash=base_hash,
     ) as run:
+        pushes = config.hub.push_to_hub and run.is_main and not config.train.dry_run
+        repository = find_repository(config.hub, run.folder) if pushes else None
         models = load_models(
             name,
             revision=source.revision,
@@ -150,3 +161,7 @@ def open_run(
             data=data,
             base={"name": name, "hash": base_hash},
         )
+        if run.is_main:
+            write_card(run.folder)
+        if repository is not None:
+            run.say(f"uploaded to {push(config.hub, repository, run.folder)}")

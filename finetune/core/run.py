@@ -37,7 +37,8 @@ if TYPE_CHECKING:
 
     from finetune.core.loop import Step
 
-CONFIG, ENVIRONMENT, METRICS, HELDOUT, PROVENANCE, LOCK = (
+CARD, CONFIG, ENVIRONMENT, METRICS, HELDOUT, PROVENANCE, LOCK = (
+    "README.md",
     "config.yaml",
     "environment.json",
     "metrics.jsonl",
@@ -159,7 +160,8 @@ def start_run(
     threads = _set_threads(accelerator)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = train.allow_tf32
     with ExitStack() as on_refusal:
-        lock = _prepare_folder(folder, train, {weights_file, *more_files}) if accelerator.is_main_process else None
+        leaves = {weights_file, *more_files, CARD}
+        lock = _prepare_folder(folder, train, leaves) if accelerator.is_main_process else None
         on_refusal.callback(_free, folder, lock)
         accelerator.wait_for_everyone()
 
