@@ -113,11 +113,9 @@ def bucket_of(image: Shape, resolution: int, step: int) -> Shape:
     Sides go from half the resolution to twice it: what is longer is cut. Between equal shares the larger picture wins.
     """
     low, high = max(step, resolution // 2 // step * step), 2 * resolution // step * step
-    shapes = [
-        (rows, min(high, resolution**2 // rows // step * step))
-        for rows in range(low, high + 1, step)
-        if resolution**2 // rows >= low
-    ]
+    # As long as the area allows, for each short side; and as wide, for each long one.
+    sides = [(side, min(high, resolution**2 // side // step * step)) for side in range(low, high + 1, step)]
+    shapes = [shape for side, other in sides if other >= low for shape in ((side, other), (other, side))]
 
     def worth(shape: Shape) -> tuple[float, int]:
         rows, columns = cover(image, shape)
