@@ -54,7 +54,7 @@ def entry(plan: Plan, found: Found, drops: Drops, config: SliceConfig) -> dict[s
         "left_out": drops.reasons,
         "dropped_slices": _dropped_slices(drops),
         "notes": list(info.notes),
-        "bad_planes": list(info.bad_planes),
+        "bad_planes": [z + origin[0] for z in info.bad_planes],
         "warnings": list(info.warnings),
     }
 

@@ -26,6 +26,7 @@ from data_prep.cut import Found, joined, tasks_of
 from data_prep.drops import drops_of, total
 from data_prep.manifest import SliceRow
 from data_prep.plan import Plan, make_plans, num_workers
+from data_prep.report import REPORT_NAME, render
 from data_prep.split import TRAIN
 from data_prep.spread import Cluster, cut_here, cut_in_processes
 from data_prep.verify import verify
@@ -74,10 +75,12 @@ def main(config: SliceConfig) -> None:
         verdict = verify(folder, decode=False)
         if verdict.problems:
             raise TisserandError(f"the written folder failed its own check: {verdict.problems[0]}")
+        (folder / REPORT_NAME).write_text(render(folder, verdict), encoding="utf-8")
     print(_counts_text(entries, rows))
     left_out = ", ".join(f"{reason} {count}" for reason, count in total(drops).items())
     print(f"left out: {left_out or 'nothing'}")
-    print(f"{config.output_dir}: {sum(map(len, rows.values()))} pictures written and verified. Next:\n")
+    print(f"{config.output_dir}: {sum(map(len, rows.values()))} pictures written and verified; report.html shows them.")
+    print("Next:\n")
     print(
         "  accelerate launch finetune/lora.py --pretrained_model_name_or_path assets/tiny-sd "
         f"--train_data_dir {shlex.quote(str(config.output_dir / TRAIN))} --output_dir runs/lora"
