@@ -365,3 +365,28 @@ def test_the_ratio_of_a_set_is_paired_by_seed() -> None:
     interval = hierarchical(ratio_of_means, 0.8 * base, base)
     # However much the pictures differ among themselves, each kept 80 %.
     assert (interval.low, interval.value, interval.high) == pytest.approx((0.8, 0.8, 0.8))
+
+
+def test_a_word_alone_moves_its_caption_and_no_probe(toy_sd: Path, probes: Path, tmp_path: Path) -> None:
+    """The base, which is the same object with the word switched off, reads it as letters."""
+    from test_generate import write_word
+
+    run = write_word(tmp_path / "word")
+    main(settings(toy_sd, probes, tmp_path / "out", adapter=(run,), captions=("a <x>",)))
+    rows = read_results(tmp_path / "out" / "results.jsonl")
+    assert {row.value for row in of(rows, "divergence") if row.set in {"G0", "G2", "G4"}} == {0.0}
+    assert all((row.value or 0.0) > 0 for row in of(rows, "divergence", "captions"))
+    assert {"base", "probes", "adapter 0"} <= rows[0].hashes.keys()
+
+
+def test_a_pipeline_with_an_adapter_on_top_is_compared_with_what_it_came_from(
+    toy_sd: Path, probes: Path, lora: Path, tmp_path: Path
+) -> None:
+    import shutil
+
+    tuned = shutil.copytree(toy_sd, tmp_path / "full")
+    main(settings(toy_sd, probes, tmp_path / "out", pretrained_model_name_or_path=str(tuned), base=str(toy_sd),
+                  adapter=(lora,), adapter_scale=(0.5,)))  # fmt: skip
+    rows = read_results(tmp_path / "out" / "results.jsonl")
+    assert {"base", "tuned", "adapter 0"} <= rows[0].hashes.keys()
+    assert all((row.value or 0.0) > 0 for row in of(rows, "divergence"))

@@ -126,3 +126,74 @@ def test_requests_for_nothing_are_refused_by_name(wrong: dict[str, object], mess
     settings = {"pretrained_model_name_or_path": "x", "prompts": ("a",), "output_dir": Path("out")} | wrong
     with pytest.raises(ValueError, match=message):
         GenerateConfig(**settings)
+
+
+def write_word(folder: Path, word: str = "<x>", seed: int = 0) -> Path:
+    """Save two rows of a new word for the toy, as a run of its own would."""
+    import torch
+    from safetensors.torch import save_file
+
+    folder.mkdir()
+    rows = torch.randn(2, 16, generator=torch.Generator().manual_seed(seed))
+    save_file({word: rows}, folder / "learned_embeds.safetensors", metadata={"provenance": json.dumps({"steps": 1})})
+    return folder
+
+
+def test_several_adapters_have_each_its_strength_and_its_record(toy_sd: Path, tmp_path: Path) -> None:
+    from test_drift import write_lora
+
+    from eval.sampling import load_tuned, sample
+    from finetune.core.models import file_hash
+
+    runs = (write_lora(toy_sd, tmp_path / "a", []), write_lora(toy_sd, tmp_path / "b", []), write_word(tmp_path / "w"))
+    words = [word for run in runs for word in ("--adapter", str(run))]
+    words += f"--pretrained_model_name_or_path {toy_sd} --num_images 1 --num_inference_steps 2".split()
+    words += ["--adapter_scale", "0.7", "0", "1", "--prompts", "a <x>", "--output_dir", str(tmp_path / "out")]
+    main(load(GenerateConfig, words))
+    (record,) = records(tmp_path / "out")
+    files = [run / name for run, name in zip(runs, ["pytorch_lora_weights.safetensors"] * 2
+                                             + ["learned_embeds.safetensors"], strict=True)]  # fmt: skip
+    assert record["adapters"] == [
+        {"name": str(run), "hash": file_hash(file), "scale": scale}
+        for run, file, scale in zip(runs, files, (0.7, 0.0, 1.0), strict=True)
+    ]
+    # The second lies on the same layers and is out altogether.
+    without = load_tuned(str(toy_sd), [runs[0], runs[2]], (0.7, 1.0)).models
+    again = sample(without, [("a <x>", 0)], SamplingConfig(num_inference_steps=2, height=32, width=32))
+    assert np.array_equal(np.asarray(Image.open(tmp_path / "out" / str(record["file_name"]))), again[0])
+
+
+def test_a_run_that_learned_a_word_and_a_lora_is_two_files(toy_sd: Path, tmp_path: Path) -> None:
+    from test_drift import write_lora
+
+    from eval.sampling import load_tuned
+
+    run = write_lora(toy_sd, tmp_path / "run", [])
+    (write_word(tmp_path / "w") / "learned_embeds.safetensors").rename(run / "learned_embeds.safetensors")
+    tuned = load_tuned(str(toy_sd), [run])
+    assert [Path(str(adapter["name"])).name for adapter in tuned.adapters] == [
+        "learned_embeds.safetensors",
+        "pytorch_lora_weights.safetensors",
+    ]
+    assert "<x>" in tuned.models.tokenizer.get_vocab()
+
+
+def test_a_tuned_pipeline_is_generated_at_the_size_it_was_trained_at(toy_sd: Path, tmp_path: Path) -> None:
+    import shutil
+
+    from finetune.core.models import model_hash
+
+    tuned = shutil.copytree(toy_sd, tmp_path / "full")
+    (tuned / "provenance.json").write_text(json.dumps({"height": 24, "width": 40, "captions": ["sf_dry"]}))
+    main(GenerateConfig(pretrained_model_name_or_path=str(tuned), prompts=("a",), num_images=1, sampling=FAST,
+                        output_dir=tmp_path / "out"))  # fmt: skip
+    (record,) = records(tmp_path / "out")
+    assert (record["height"], record["width"]) == (24, 40)
+    assert record["base_model"] == {"name": str(tuned), "hash": model_hash(str(toy_sd))}
+
+
+@pytest.mark.parametrize("scales", [("0.5", "1"), ("1", "1", "1", "1")])
+def test_strengths_that_nobody_gets_are_refused(scales: tuple[str, ...]) -> None:
+    words = ["--adapter", "a", "--adapter", "b", "--adapter", "c", "--adapter_scale", *scales]
+    with pytest.raises(UsageError, match=f"{len(scales)} for 3 --adapter; one for all, or one each"):
+        load(GenerateConfig, [*words, "--pretrained_model_name_or_path", "x", "--prompts", "a", "--output_dir", "o"])
