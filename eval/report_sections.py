@@ -73,7 +73,7 @@ QUESTIONS = (
         title="Fidelity",
         text="Do generated slices look like real ones?",
         module="eval.fidelity",
-        metrics=("kid_floor_ratio",),
+        metrics=("kid_floor_ratio", "descriptor_floor_ratio", "two_sample_auc"),
     ),
     Question(
         title="Prompt",
@@ -82,7 +82,12 @@ QUESTIONS = (
         metrics=("agreement_state", "agreement_axis"),
     ),
     Question(title="Drift", text="Did the model forget what it knew?", module="eval.drift", metrics=("worst_prompt",)),
-    Question(title="Memorisation", text="Are they copies of training slices?", module="eval.memorization"),
+    Question(
+        title="Memorisation",
+        text="Are they copies of training slices?",
+        module="eval.memorization",
+        metrics=("memorisation",),
+    ),
 )
 
 
@@ -147,9 +152,11 @@ def suggestion(module: str, folders: Sequence[Folder], run: Run | None) -> str:
     train = Path(*training_folders(settings)[:1] or ["data/weave/train"])
     real = str(train.parent if train.name == "train" else train)
     model = str(settings.get("pretrained_model_name_or_path", "assets/tiny-sd"))
+    is_whole = (Path(run_path) / "model_index.json").is_file()
+    compared = (run_path, "--base", model) if is_whole else (model, "--adapter", run_path)
     words = {
         "eval.fidelity": ["--real", real, "--generated", generated, "--output_dir", "out/fidelity"],
-        "eval.drift": ["--pretrained_model_name_or_path", model, "--adapter", run_path, "--output_dir", "out/drift"],
+        "eval.drift": ["--pretrained_model_name_or_path", *compared, "--output_dir", "out/drift"],
         "eval.memorization": ["--real", real, "--generated", generated, "--output_dir", "out/memorization"],
     }[module]
     return f"python -m {module} {shlex.join(words)}"

@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from configs.errors import UsageError
 from finetune.core.method_config import TokenConfig
-from finetune.core.models import Models, encode_prompts, load_models, tokenize
+from finetune.core.models import Denoiser, Models, encode_prompts, load_models, tokenize
 from finetune.core.tokens import LearnedRows, add_word, into_table
 from prompts.templates import fill
 
@@ -53,6 +53,35 @@ def test_a_batch_without_the_word_gives_zeros_and_not_nothing() -> None:
     lookup(torch.tensor([[1, 2]])).sum().backward()
     assert lookup.rows.grad is not None
     assert not lookup.rows.grad.any()
+
+
+def test_rows_learn_as_in_a_whole_table_whose_other_rows_are_put_back(toy_sd: Path) -> None:
+    """The way of diffusers' script: optimise the whole table, then copy the known rows back after every step."""
+    ours, naive = load_models(str(toy_sd)), load_models(str(toy_sd))
+    learned = add_word(ours, word(ours, num_vectors=2))
+    known = len(naive.tokenizer)
+    naive.tokenizer.add_tokens(list(learned.pieces))
+    naive.text_encoder.resize_token_embeddings(known + 2, mean_resizing=False)
+    table = naive.text_encoder.get_input_embeddings().weight.requires_grad_(True)
+    with torch.no_grad():
+        table[known:] = learned.rows
+    before = table.detach().clone()
+    optimizers = [torch.optim.AdamW([parameter], lr=1e-2) for parameter in (learned.embedding.rows, table)]
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(3):
+        latents, noise = torch.randn(2, 2, 4, 8, 8, generator=generator)
+        steps = torch.randint(1000, (2,), generator=generator)
+        for models, optimizer in zip((ours, naive), optimizers, strict=True):
+            prompts = tokenize(models, ["a <x> b", "<x>"])
+            prediction = Denoiser(models.text_encoder, models.unet)(latents + noise, steps, prompts)
+            (prediction - noise).square().mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        with torch.no_grad():
+            table[:known] = before[:known]
+    # The same sums in another order.
+    torch.testing.assert_close(learned.rows, table[known:].detach(), atol=1e-6, rtol=1e-5)
+    assert not torch.equal(learned.rows, before[known:])
 
 
 class Largest(TorchDispatchMode):
