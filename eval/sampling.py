@@ -21,6 +21,7 @@ from diffusers import (
     EulerDiscreteScheduler,
     PNDMScheduler,
     SchedulerMixin,
+    StableDiffusionImg2ImgPipeline,
     UniPCMultistepScheduler,
 )
 from PIL import Image, ImageDraw, ImageFont
@@ -109,14 +110,31 @@ def sample(
 
 @torch.no_grad()
 def sample_latents(
-    models: Models, requests: Sequence[Request], settings: SamplingConfig, *, progress: str | None = None
+    models: Models,
+    requests: Sequence[Request],
+    settings: SamplingConfig,
+    *,
+    progress: str | None = None,
+    begin_with: Sequence[Image.Image] = (),
 ) -> Tensor:
-    """Generate scaled latents, (N, 4, h, w), as ``sample`` does before decoding."""
+    """Generate scaled latents, (N, 4, h, w), as ``sample`` does before decoding.
+
+    Args:
+        models: as in ``sample``.
+        requests: as in ``sample``.
+        settings: as in ``sample``.
+        progress: as in ``sample``.
+        begin_with: a picture for each request, in the size asked for, that sampling starts from after half the steps
+            (SDEdit, Meng et al. 2021, arXiv:2108.01073); none: from noise.
+    """
     if not requests:
         raise ValueError("no (prompt, seed) was requested")
     height, width = picture_size(models, settings)
     pipeline = as_pipeline(models)
     pipeline.scheduler = make_scheduler(models.scheduler, settings.scheduler)
+    size: dict[str, object] = {"height": height, "width": width}
+    if begin_with:
+        pipeline = StableDiffusionImg2ImgPipeline(**pipeline.components, requires_safety_checker=False)
     pipeline.set_progress_bar_config(disable=True)
     batches = []
     with evaluating(models), warnings.catch_warnings():
@@ -133,9 +151,8 @@ def sample_latents(
                 generator=[torch.Generator("cpu").manual_seed(seed) for _, seed in batch],
                 num_inference_steps=settings.num_inference_steps,
                 guidance_scale=settings.guidance_scale,
-                height=height,
-                width=width,
                 output_type="latent",
+                **({"image": list(begin_with[start : start + len(batch)]), "strength": 0.5} if begin_with else size),
             )
             batches.append(output.images)
     return torch.cat(batches)

@@ -10,7 +10,7 @@ Saves   a pipeline folder, for diffusers' StableDiffusionPipeline.from_pretraine
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from configs.load import command
@@ -53,10 +53,12 @@ class FullRun:
 
 def main(config: FullRun) -> None:
     """Train the model and save it."""
+    from finetune.core.hub_dataset import local_images
     from finetune.core.images import data_provenance, read_images
     from finetune.core.open import open_run
     from finetune.core.weights import PIPELINE_FILE, PIPELINE_PARTS
 
+    config = replace(config, images=local_images(config.images, config.model.cache_dir))
     images = read_images(config.images)
     data = data_provenance(images, config.images.train_data_dir)
     with open_run(

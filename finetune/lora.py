@@ -11,7 +11,7 @@ Saves   pytorch_lora_weights.safetensors, for diffusers' load_lora_weights().
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from configs.load import command
@@ -55,10 +55,12 @@ class LoraRun:
 
 def main(config: LoraRun) -> None:
     """Train the adapters and save them."""
+    from finetune.core.hub_dataset import local_images
     from finetune.core.images import data_provenance, read_images
     from finetune.core.models import LORA_FILE
     from finetune.core.open import open_run
 
+    config = replace(config, images=local_images(config.images, config.model.cache_dir))
     images = read_images(config.images)
     data = data_provenance(images, config.images.train_data_dir)
     with open_run(config, images, data, weights_file=LORA_FILE, prior=config.prior) as opened:

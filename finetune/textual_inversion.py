@@ -69,7 +69,7 @@ class TextualInversionRun:
     noise: NoiseConfig = field(default_factory=NoiseConfig)
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     ema: EmaConfig = field(default_factory=EmaConfig)
-    previews: PreviewConfig = field(default_factory=lambda: PreviewConfig(validation_steps=100))
+    previews: PreviewConfig = field(default_factory=lambda: PreviewConfig(validation_epochs=None))
     hub: HubConfig = field(default_factory=HubConfig)
     prior: NoPriorConfig = field(default_factory=NoPriorConfig)
     refused: RefusedConfig = field(default_factory=RefusedConfig)

@@ -58,9 +58,9 @@ class ModelConfig:
 class ImageFolderConfig:
     """Folders of captioned 8-bit images."""
 
-    train_data_dir: tuple[Path, ...]
+    train_data_dir: tuple[Path, ...] = ()
     """Folder with images and metadata.jsonl (a line per image: file_name, text) or a .txt file beside each; or several
-    folders."""
+    folders. With dataset_name: the folder within it."""
     image_column: str = "image"
     """Column of the images: `image` reads file_name, any other name NAME reads NAME_file_name, as `datasets` does."""
     caption_column: str = "text"
@@ -70,14 +70,20 @@ class ImageFolderConfig:
     balance: tuple[str, ...] = ()
     """Keys of metadata.jsonl, such as state,axis: every combination of their values is shown equally often. Ours."""
     dataset_name: str | None = None
-    """Refused: data sets of the hub are not read; download it and give its folder as --train_data_dir."""
+    """Data set of the hub, or a folder that `datasets` reads; its split `train` is written out as a folder once."""
+    dataset_config_name: str | None = None
+    """Configuration of the data set; its only one if absent."""
 
     def __post_init__(self) -> None:
         """Check ranges."""
-        if self.dataset_name is not None:
-            raise refuse("dataset_name", self.dataset_name, "not read here; give a folder as --train_data_dir")
-        if not self.train_data_dir:
-            raise refuse("train_data_dir", "", "needs a folder, or several")
+        if self.dataset_name is None and not self.train_data_dir:
+            raise ValueError(
+                "missing --train_data_dir; give it on the command line or in a --config file (or --dataset_name)"
+            )
+        if self.dataset_name is None and self.dataset_config_name is not None:
+            raise refuse("dataset_config_name", self.dataset_config_name, "needs --dataset_name")
+        if self.dataset_name is not None and len(self.train_data_dir) > 1:
+            raise refuse("dataset_name", self.dataset_name, "takes one --train_data_dir, the folder within it")
         need_positive(max_train_samples=self.max_train_samples)
 
     @property
@@ -220,10 +226,12 @@ class PreviewConfig:
     """More of them, as train_text_to_image.py spells it."""
     num_validation_images: int = 4
     """Pictures a prompt."""
-    validation_epochs: int = 1
+    validation_images: tuple[Path, ...] = ()
+    """Pictures that previews start from, half forgotten, instead of from noise: one picture of each a prompt."""
+    validation_epochs: int | None = 1
     """Epochs between previews."""
     validation_steps: int | None = None
-    """Steps between previews; wins over validation_epochs. Ours."""
+    """Steps between previews; wins over validation_epochs. 100 if both are absent."""
     validation_scheduler: Literal["DPMSolverMultistepScheduler", "DDPMScheduler"] = "DPMSolverMultistepScheduler"
     """Sampler of the previews."""
 
@@ -295,8 +303,8 @@ class TrainConfig:
     """Let matrix products use TF32 on NVIDIA GPUs."""
     enable_xformers_memory_efficient_attention: bool = False
     """Compute attention with xformers, which must be there with a GPU; by default PyTorch's own is used, as frugal."""
-    set_grads_to_none: bool = False
-    """Free the gradients after each update instead of zeroing them. Always so."""
+    set_grads_to_none: bool = True
+    """Free the gradients after each update, which takes less memory, instead of zeroing them."""
     dry_run: bool = False
     """Check everything, print the memory estimate, and stop before the first step. Ours."""
     checkpointing_steps: int = 500
@@ -368,13 +376,11 @@ class HubConfig:
 
 
 _REFUSED = {
-    "dataset_config_name": "data sets of the hub are not read; give a folder as --train_data_dir",
     "no_safe_serialization": "weights are written as safetensors alone, never as pickles, which can run code",
     "dream_training": "not in this version: DREAM doubles the cost of a step for a gain shown on other data",
     "dream_detail_preservation": "not in this version: it belongs to --dream_training",
     "class_labels_conditioning": "a Stable Diffusion 1.x or 2.x U-Net has no class labels",
     "text_encoder_use_attention_mask": "Stable Diffusion's text encoder was trained without; sampling uses none either",
-    "validation_images": "the pipeline starts from a prompt alone; use --validation_prompt",
 }
 
 
@@ -382,8 +388,6 @@ _REFUSED = {
 class RefusedConfig:
     """Options of diffusers' example scripts that are refused, each with its reason."""
 
-    dataset_config_name: str | None = None
-    """Refused."""
     no_safe_serialization: bool = False
     """Refused."""
     dream_training: bool = False
@@ -393,8 +397,6 @@ class RefusedConfig:
     class_labels_conditioning: str | None = None
     """Refused."""
     text_encoder_use_attention_mask: bool = False
-    """Refused."""
-    validation_images: tuple[str, ...] | None = None
     """Refused."""
 
     def __post_init__(self) -> None:
@@ -426,6 +428,7 @@ CHANGEABLE = frozenset(
         "validation_prompts",
         "validation_scheduler",
         "num_validation_images",
+        "validation_images",
         "validation_epochs",
         "validation_steps",
         "heldout_steps",

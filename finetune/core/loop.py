@@ -129,7 +129,7 @@ def train(
             if reads_are_free:
                 _check_finite(window, batches, accelerator)
             optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
+            optimizer.zero_grad(set_to_none=config.set_grads_to_none)
 
             metrics = None
             last = number == run.total_steps

@@ -4,15 +4,20 @@ from __future__ import annotations
 
 from contextlib import nullcontext
 from dataclasses import KW_ONLY, dataclass
+from typing import TYPE_CHECKING
 
-from configs.errors import TisserandError
+from configs.errors import InputError, TisserandError
 from eval.config import Sampler, SamplingConfig
 from finetune.core.averages import Averages
 from finetune.core.config import PreviewConfig
 from finetune.core.models import Models
 from finetune.core.run import Run
 
+if TYPE_CHECKING:
+    from PIL import Image
+
 _SAMPLERS: dict[str, Sampler] = {"DPMSolverMultistepScheduler": "dpmsolver++", "DDPMScheduler": "ddpm"}
+_EVERY_STEPS = 100
 
 
 @dataclass(frozen=True)
@@ -21,7 +26,7 @@ class Previews:
 
     Attributes:
         models: adapters included.
-        config: prompts, pictures a prompt, and how often.
+        config: prompts, pictures a prompt or pictures to start from, and how often.
         run: for its folder, its trackers and its autocast.
         size: side of the pictures, px.
         steps_per_epoch: for an interval in epochs.
@@ -41,23 +46,39 @@ class Previews:
 
         They are due before the first step, at the set interval, and after the last step.
         """
-        every = self.config.validation_steps or self.config.validation_epochs * self.steps_per_epoch
+        epochs = self.config.validation_epochs
+        every = self.config.validation_steps or (epochs * self.steps_per_epoch if epochs else _EVERY_STEPS)
         is_due = step % every == 0 or step == self.run.total_steps
         prompts, count = self.config.prompts, self.config.num_validation_images
         if not (self.run.is_main and prompts and is_due) or self.run.train.dry_run:
             return
         from eval.sampling import contact_sheet, decode, sample_latents
 
+        starts = self._starts() * len(prompts)
+        count = len(self.config.validation_images) or count
         requests = [(prompt, seed) for prompt in prompts for seed in range(count)]
         settings = SamplingConfig(
             scheduler=_SAMPLERS[self.config.validation_scheduler], height=self.size, width=self.size
         )
         averaged = self.averages.in_place() if self.averages else nullcontext()
         with averaged, self.run.accelerator.autocast():
-            latents = sample_latents(self.models, requests, settings)
+            latents = sample_latents(self.models, requests, settings, begin_with=starts)
         try:
             pictures = decode(self.models, latents, requests)  # in float32: half precision overflows in this VAE
         except TisserandError as error:
             self.run.say(f"note: no preview at step {step}: {error}")
             return
         self.run.show(contact_sheet(pictures, len(prompts), count, labels=prompts), step)
+
+    def _starts(self) -> list[Image.Image]:
+        """Return the pictures to start from, in the size of the previews."""
+        from PIL import Image, ImageOps
+
+        found = []
+        for path in self.config.validation_images:
+            try:
+                with Image.open(path) as picture:
+                    found.append(ImageOps.fit(picture.convert("RGB"), (self.size, self.size)))
+            except OSError as error:
+                raise InputError(f"--validation_images {path}: not readable as a picture ({error})") from None
+        return found

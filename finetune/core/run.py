@@ -158,6 +158,9 @@ def start_run(
         raise UsageError("--dry_run: changes nothing; leave out --overwrite, which clears the folder")
     accelerator = _make_accelerator(train, folder)
     threads = _set_threads(accelerator)
+    if train.local_rank not in (None, -1, accelerator.local_process_index):
+        place = accelerator.local_process_index
+        print(f"note: --local_rank {train.local_rank}: this process is {place} on its machine, as the launcher says")
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = train.allow_tf32
     with ExitStack() as on_refusal:
         leaves = {weights_file, *more_files, CARD}
