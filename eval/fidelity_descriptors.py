@@ -153,7 +153,8 @@ def _ratio_rows(sets: Compared, naming: Naming, grey: str, *, draws: int, seed: 
         if floor[0] <= 0:
             rows.append(replace(base, floor=None, reason="real slices do not differ by it; there is no floor"))
             continue
-        ratios = {name: values.mean(axis=1) / np.maximum(floor, floor[0] / 100) for name, values in far.items()}
+        steady = _recentred(floor)
+        ratios = {name: _recentred(values.mean(axis=1)) / steady for name, values in far.items()}
         for name, values in ratios.items():
             medians.setdefault(name, []).append(values)
         other = _nearest_state(descriptor, sets.held_out)
@@ -170,8 +171,8 @@ def _ratio_rows(sets: Compared, naming: Naming, grey: str, *, draws: int, seed: 
             nearest = replace(base, set="descriptor_nearest_states", value=float(other / floor[0]), reason=text)
             rows.append(nearest)
         for place, cell in enumerate(np.unique(sets.held_out.cells)):
-            own = _interval(far["generated"][:, place] / np.maximum(far["aside"][:, place], 1e-12))
             if far["aside"][0, place] > 0:
+                own = _interval(_recentred(far["generated"][:, place]) / _recentred(far["aside"][:, place]))
                 count = int((sets.held_out.cells == cell).sum())
                 row = replace(base, prompt=naming.caption(int(cell)), n=count, n_eff=None)
                 rows.append(_with(row, own, reason=grey or "shown per caption, not judged"))
@@ -283,6 +284,16 @@ def _nearest_state(descriptor: Descriptor, held_out: Described) -> float | None:
 def _first(side: Described, number: Mapping[int, int]) -> Described:
     """Return the first so many tiles of each caption; tiles come drawn by seed and spread over blocks."""
     return side.take(np.concatenate([np.flatnonzero(side.cells == cell)[:count] for cell, count in number.items()]))
+
+
+def _recentred(distances: Floats) -> Floats:
+    """Return resampled distances moved so that their mean is the first, the measured one.
+
+    A resample holds tiles twice and is further from everything than the set it was drawn from; only the spread is used.
+    """
+    moved = distances - distances[1:].mean() + distances[0]
+    moved[0] = distances[0]
+    return np.maximum(moved, 0.2 * distances[0])
 
 
 def _interval(values: Floats) -> Interval:

@@ -192,9 +192,10 @@ def _detector_rows(detector: Detector, searched: Searched, *, draws: int, seed: 
     base = Result(metric="", set="control", unit="share")
     rows = [
         _with(
-            replace(base, metric=f"{name}_recall", n=len(found), verdict="warn" if is_blind else "ok"),
+            replace(base, metric=f"{name}_recall", n=len(found)),
             recall,
             why_blind if is_blind else "planted training tiles, through the VAE, noisy and shifted, that are found",
+            "warn" if is_blind else "ok",
         ),
         _with(
             replace(base, metric=f"{name}_false_alarm", n=len(alarms), n_eff=_num_blocks(tested)),
@@ -218,10 +219,10 @@ def _detector_rows(detector: Detector, searched: Searched, *, draws: int, seed: 
     if is_blind or grey:
         verdict, reason = "grey", why_blind if is_blind else grey
     row = replace(base, metric=f"{name}_copies", set="generated", n=len(flagged), n_eff=_num_blocks(detector.generated))
-    rows.append(_with(replace(row, floor=false.value, verdict=verdict), share, reason))
+    rows.append(_with(replace(row, floor=false.value), share, reason, verdict))
     for cell in np.unique(detector.generated.cells):
         own = flagged[detector.generated.cells == cell]
-        single = replace(row, prompt=searched.captions[cell], n=len(own), n_eff=None, floor=None)
+        single = replace(row, prompt=searched.captions[cell], n=len(own), n_eff=None)
         rows.append(_with(single, _share(own), why_blind if is_blind else "shown per caption, not judged"))
     return [*rows, _closer_row(detector, tested, grey or (why_blind if is_blind else ""))], is_blind
 
@@ -288,11 +289,11 @@ def _loss_rows(gap: LossGap | None, no_model: str, *, draws: int, seed: int) -> 
         verdict, reason = "grey", f"{count} slices a side, judged from {FEWEST_HELD_OUT // 2}"
     independent = min(len(np.unique(gap.trained_blocks)), len(np.unique(gap.held_out_blocks)))
     difference = float(gap.trained.mean() - gap.held_out.mean())
-    row = replace(row, n=count, n_eff=independent, verdict=verdict)
+    row = replace(row, n=count, n_eff=independent)
     text = "reference: fall of the loss on trained slices, less that on held-out ones, against the base"
     return [
-        _with(row, auc, reason),
-        replace(row, metric="loss_gap", unit="loss", value=difference, floor=0.0, verdict="grey", reason=text),
+        _with(row, auc, reason, verdict),
+        replace(row, metric="loss_gap", unit="loss", value=difference, floor=0.0, reason=text),
     ]
 
 
@@ -341,6 +342,6 @@ def _wider(first: Interval, second: Interval) -> Interval:
     return Interval(value=first.value, low=min(first.low, second.low), high=max(first.high, second.high))
 
 
-def _with(row: Result, interval: Interval, reason: str) -> Result:
+def _with(row: Result, interval: Interval, reason: str, verdict: Verdict = "grey") -> Result:
     """Fill in a value with its interval and what it means."""
-    return replace(row, value=interval.value, low=interval.low, high=interval.high, reason=reason)
+    return replace(row, value=interval.value, low=interval.low, high=interval.high, verdict=verdict, reason=reason)
