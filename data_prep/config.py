@@ -63,7 +63,7 @@ class SliceConfig:
     """Width of the guard slab; by default the larger of 3 correlation lengths and 2 %. A weave period is safest."""
     guard_um: float | None = None
     """The same in micrometres, where the voxel size is known."""
-    slice_axes: tuple[Literal["thickness", "warp", "weft"], ...] = AXES
+    slice_axes: tuple[Literal["thickness", "warp", "weft"], ...] = ("thickness", "warp", "weft")
     """Directions that slices are taken of."""
     stride: int = 1
     """Take every n-th slice of each direction."""

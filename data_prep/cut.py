@@ -19,8 +19,8 @@ from numpy.typing import NDArray
 from configs.errors import InputError
 from data_prep import png
 from data_prep.audit import Samples
-from data_prep.filters import is_blank, thumbnail
-from data_prep.intensity import Window
+from data_prep.filters import FilterConfig, is_blank, thumbnail
+from data_prep.intensity import Window, WindowEstimate
 from data_prep.plan import Picture, Plan
 from data_prep.planes import scan
 from data_prep.readers import VolumeSource
@@ -42,7 +42,8 @@ class Task:
         pictures: slice -> what is made of it.
         wanted: stored axis -> slice numbers.
         budget: bytes of slices that may be gathered at a time.
-        blank_below: of ``filters.is_blank``.
+        filters: what counts as blank.
+        padding_levels: of ``filters.is_blank``.
         folder: where the folders of the splits are.
         num_threads: threads that encode.
         is_first: this share reads the file's hash.
@@ -55,7 +56,8 @@ class Task:
     pictures: dict[Slice, list[Picture]]
     wanted: dict[int, list[int]]
     budget: int
-    blank_below: float
+    filters: FilterConfig
+    padding_levels: tuple[int, ...]
     folder: Path
     num_threads: int
     is_first: bool
@@ -87,7 +89,7 @@ def tasks_of(
     roles: tuple[int, int, int],
     num_parts: int,
     num_threads: int,
-    blank_below: float,
+    filters: FilterConfig,
 ) -> list[Task]:
     """Divide the slices of every volume into shares, neighbours together.
 
@@ -97,7 +99,7 @@ def tasks_of(
         roles: the stored axes along thickness, warp and weft.
         num_parts: shares there should be at least; each reads its volume through.
         num_threads: threads per share.
-        blank_below: of ``filters.is_blank``.
+        filters: what counts as blank.
     """
     per_volume = -(-num_parts // len(plans))
     tasks = []
@@ -113,13 +115,22 @@ def tasks_of(
                     pictures={(axis, i): plan.pictures[axis, i] for axis, numbers in wanted.items() for i in numbers},
                     wanted=wanted,
                     budget=plan.budget,
-                    blank_below=blank_below,
+                    filters=filters,
+                    padding_levels=_padding_levels(plan.volume.window),
                     folder=folder,
                     num_threads=num_threads,
                     is_first=part == 0,
                 )
             )
     return tasks
+
+
+def _padding_levels(found: WindowEstimate) -> tuple[int, ...]:
+    """Return the grey levels that padding and voxels that are not finite become."""
+    levels = {found.window.fill} if found.non_finite else set[int]()
+    if found.padding is not None:
+        levels.add(int(found.window.to_uint8(np.array([found.padding]))[0]))
+    return tuple(sorted(levels))
 
 
 def _share(numbers: Sequence[int], part: int, count: int) -> list[int]:
@@ -191,7 +202,7 @@ def _encode(
             break
         pixels = picture.cut.apply(whole)
         (task.folder / picture.split / picture.row.file_name).write_bytes(png.encode(pixels))
-        if is_blank(pixels, task.blank_below):
+        if is_blank(pixels, task.filters, task.padding_levels):
             blank.add(picture.row.file_name)
     return blank, thumbnail(whole)
 

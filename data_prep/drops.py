@@ -58,8 +58,9 @@ def drops_of(plan: Plan, found: Found, config: SliceConfig) -> Drops:
         if not stays[split, name]:
             raise NothingLeftError(
                 f"no {name} picture of volume '{volume.name}' is left in {split}, of {planned[split, name]}: "
-                f"{blank[name]} are blank (--blank_below {filters.blank_below:g}), {len(same[name])} slices are like "
-                f"their neighbour (--dedupe_above {filters.dedupe_above:g}); move these or leave a filter out"
+                f"{blank[name]} are blank (--blank_below {filters.blank_below:g}, --least_content "
+                f"{filters.least_content:g}), {len(same[name])} slices are like their neighbour "
+                f"(--dedupe_above {filters.dedupe_above:g}); move these or leave a filter out"
             )
     reasons = _not_taken(plan, config)
     if filters.drop_blank:

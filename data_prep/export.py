@@ -88,7 +88,7 @@ def main(config: ExportConfig) -> None:
             _WRITERS[config.format](folders[split], rows, target, split, config)
         if config.format == "txt":
             # Without the card, loaders take the text files for the data set.
-            endings = sorted({Path(row["file_name"]).suffix for rows in records.values() for row in rows})
+            endings = sorted({Path(str(row["file_name"])).suffix for rows in records.values() for row in rows})
             body = "Pictures with a text file beside each; exported by `python -m data_prep.export`.\n"
             number = sum(map(len, records.values()))
             manifest.write_card(target, body=body, splits=records, num_pictures=number, endings=endings)

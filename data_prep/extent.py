@@ -126,7 +126,7 @@ def _trimmed(part: VolumeSource, box: Box, how: Literal["content", "inscribed"],
     if how == "inscribed":
         rows, row_columns = inscribed_rectangle(columns)
     else:
-        rows, row_columns = _bounds(columns.any(axis=1)), _bounds(columns.any(axis=0))
+        rows, row_columns = (_bounds(np.asarray(columns.any(axis=axis))) for axis in (1, 0))
     (z0, _), (y0, _), (x0, _) = box
     return (
         (z0 + first, z0 + end),

@@ -23,6 +23,8 @@ class FilterConfig:
     """Leave out pictures that show nothing."""
     blank_below: float = BLANK_BELOW_STD
     """Standard deviation in grey levels below which a picture shows nothing."""
+    least_content: float = 0.5
+    """Share of a picture that must be other than the padding around the scan, where there is any; less is blank."""
     dedupe: bool = False
     """Leave out slices that are near copies of the last one kept of their direction and split."""
     dedupe_above: float = SAME_ABOVE
@@ -31,13 +33,28 @@ class FilterConfig:
     def __post_init__(self) -> None:
         if not 0 < self.blank_below < 128:
             raise ValueError(f"--blank_below {self.blank_below}: must lie between 0 and 128 grey levels")
+        if not 0 <= self.least_content <= 1:
+            raise ValueError(f"--least_content {self.least_content}: must be a share, from 0 to 1")
         if not 0 < self.dedupe_above <= 1:
             raise ValueError(f"--dedupe_above {self.dedupe_above}: must be a correlation, above 0 and at most 1")
 
 
-def is_blank(picture: NDArray[np.uint8], below: float = BLANK_BELOW_STD) -> bool:
-    """Return whether a picture (rows, columns) is nearly of one grey level, judged from every fourth row and column."""
-    return bool(picture[::4, ::4].std() < below)
+def is_blank(
+    picture: NDArray[np.uint8], filters: FilterConfig = FilterConfig(), padding_levels: Sequence[int] = ()
+) -> bool:
+    """Return whether a picture shows nearly one grey level, or mostly padding.
+
+    Args:
+        picture: (rows, columns); every fourth row and column is looked at.
+        filters: the limits.
+        padding_levels: grey levels that padding and voxels that are not finite have become.
+    """
+    sparse = picture[::4, ::4]
+    if sparse.std() < filters.blank_below:
+        return True
+    if not padding_levels:
+        return False
+    return bool(np.isin(sparse, padding_levels).mean() > 1 - filters.least_content)
 
 
 def thumbnail(picture: NDArray[np.uint8]) -> NDArray[np.float32]:

@@ -80,7 +80,9 @@ def main(config: ImagesConfig) -> None:
         print(f"dry run: nothing was written to {config.output_dir}")
         return
     with manifest.publish(config.output_dir, overwrite=config.overwrite, mark=manifest.MANIFEST_NAME) as folder:
-        records: dict[str, list[dict[str, object]]] = {TRAIN: []} | ({VALIDATION: []} if held_out else {})
+        records: dict[str, list[dict[str, object]]] = {TRAIN: []}
+        if held_out:
+            records[VALIDATION] = []
         for split in records:
             (folder / split).mkdir()
         changes = Counter[str]()

@@ -157,15 +157,13 @@ def _plan(volume: Mapping[str, Any]) -> dict[str, Any] | None:
     shape, box, split = volume.get("shape"), volume.get("box"), volume.get("split")
     if not shape or not box:
         return None
-    cut_axis = _STORED.index(split["axis"]) if split else None
-    parts = []
-    for name in ("train", "guard", "validation") if split else ():
-        first, end = split[name]
-        area = {1: box[2:4], 2: box[4:6]} | {cut_axis: [first, end]}
-        parts.append((name, area))
-    whole = "validation" if volume.get("is_held_out") else "train"
-    if not split or cut_axis == 0:
-        parts = [(whole, {1: box[2:4], 2: box[4:6]})]
+    parts: list[tuple[str, dict[int, list[int]]]] = []
+    area = {1: box[2:4], 2: box[4:6]}
+    if split and split["axis"] != "z":
+        axis = _STORED.index(split["axis"])
+        parts = [(name, area | {axis: split[name]}) for name in ("train", "guard", "validation")]
+    else:
+        parts = [("validation" if volume.get("is_held_out") else "train", area)]
     rectangles = [
         {"kind": name, "x": x[0], "y": y[0], "width": x[1] - x[0], "height": y[1] - y[0]}
         for name, area in parts

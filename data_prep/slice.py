@@ -90,8 +90,11 @@ def main(config: SliceConfig) -> None:
 def _words(config: SliceConfig) -> Vocabulary:
     """Return the words of the captions: the file's, with what was typed."""
     words = read_vocabulary(config.vocabulary) if config.vocabulary else DEFAULT
-    typed = {"identifier": config.identifier, "template": config.caption_template}
-    words = dataclasses.replace(words, **{name: value for name, value in typed.items() if value is not None})
+    words = dataclasses.replace(
+        words,
+        identifier=words.identifier if config.identifier is None else config.identifier,
+        template=words.template if config.caption_template is None else config.caption_template,
+    )
     if config.identifier and "{identifier}" not in words.template:
         raise UsageError(
             f"--identifier {config.identifier}: the caption {words.template!r} has no field {{identifier}} for it"
@@ -109,7 +112,7 @@ def _cut(plans: Sequence[Plan], folder: Path, config: SliceConfig, cluster: Clus
         roles=config.roles,
         num_parts=num_parts,
         num_threads=num_workers(config),
-        blank_below=config.filters.blank_below,
+        filters=config.filters,
     )
     if cluster:
         found = cluster.cut(tasks)

@@ -309,7 +309,7 @@ def test_slices_never_cut_are_counted_too(scan: Path) -> None:
 
 
 def test_a_filter_that_leaves_nothing_is_refused_with_its_numbers(scan: Path) -> None:
-    with pytest.raises(NothingLeftError, match=r"no thickness picture .* of 20: 20 are blank \(--blank_below 127\)"):
+    with pytest.raises(NothingLeftError, match=r"no thickness picture .* of 20: 20 are blank \(--blank_below 127,"):
         cut(scan, "--drop_blank", "--blank_below", "127")
     assert not (scan / "out").exists()
 
@@ -348,3 +348,14 @@ def test_settings_that_make_no_sense_are_refused(
 ) -> None:
     with pytest.raises(error, match=words[0]):
         cut(scan, *words)
+
+
+def test_slices_that_show_mostly_padding_are_blank(tmp_path: Path) -> None:
+    volume = VOLUME.copy()
+    volume[:, 40:], volume[:, :20] = 0, 0
+    volume[:, 25:35, :30] = 0
+    tifffile.imwrite(tmp_path / "a.tif", volume, photometric="minisblack")
+    rows = cut(tmp_path, "--drop_blank", "--slice_axes", "warp")["train"]
+    with pytest.raises(NothingLeftError, match="no weft picture"):
+        cut(tmp_path, "--drop_blank", "--slice_axes", "weft", out="other")
+    assert {row.index for row in rows} == set(range(20, 40))

@@ -16,6 +16,7 @@ import tifffile
 from configs.errors import InputError, UsageError
 from data_prep.config import SliceConfig
 from data_prep.cut import cut, tasks_of
+from data_prep.filters import FilterConfig
 from data_prep.plan import make_plans
 from data_prep.slice import main
 from prompts.vocabulary import DEFAULT
@@ -58,7 +59,7 @@ def test_several_processes_make_the_same_dataset(scan: Path, num_processes: int)
 def test_shares_divide_every_slice_once(scan: Path, num_parts: int) -> None:
     plans = make_plans(settings(scan, "out"), DEFAULT)
     tasks = tasks_of(
-        plans, scan, roles=(0, 1, 2), num_parts=num_parts, num_threads=1, blank_below=4.0
+        plans, scan, roles=(0, 1, 2), num_parts=num_parts, num_threads=1, filters=FilterConfig()
     )  # fmt: skip
     assert len(tasks) >= num_parts
     for number, plan in enumerate(plans):
@@ -80,7 +81,7 @@ def test_an_error_in_another_process_is_the_users_one_line(scan: Path) -> None:
 
 def test_a_machine_that_does_not_see_the_folder_says_so(scan: Path) -> None:
     plans = make_plans(settings(scan, "out"), DEFAULT)
-    tasks = tasks_of(plans, scan / "gone", roles=(0, 1, 2), num_parts=1, num_threads=1, blank_below=4.0)
+    tasks = tasks_of(plans, scan / "gone", roles=(0, 1, 2), num_parts=1, num_threads=1, filters=FilterConfig())
     with pytest.raises(InputError, match="is not there on the machine that should cut"):
         cut(tasks[0])
 
