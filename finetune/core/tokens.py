@@ -38,7 +38,7 @@ class LearnedRows(nn.Module):
         self.first = first
 
     @property
-    def weight(self) -> nn.Parameter:
+    def weight(self) -> Tensor:
         """The table, for those who ask an embedding for its width or dtype."""
         return self.table.weight
 
