@@ -23,7 +23,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from configs.errors import InputError, UsageError
+from configs.errors import InputError, TisserandError, UsageError
 
 _NAME = re.compile(r"checkpoint-(\d+)")
 
@@ -68,7 +68,11 @@ def write(
     averages: Mapping[str, Tensor] | None = None,
     limit: int | None = None,
 ) -> Path:
-    """Write ``checkpoint-STEP`` into the run folder, then remove the oldest beyond ``limit``."""
+    """Write ``checkpoint-STEP`` into the run folder, then remove the oldest beyond ``limit``.
+
+    Raises:
+        TisserandError: it cannot be written, the disk being full, say; those before it are as they were.
+    """
     target = folder / f"checkpoint-{step}"
     partial = folder / f"checkpoint-{step}.partial"
     shutil.rmtree(partial, ignore_errors=True)
@@ -90,9 +94,12 @@ def write(
         if target.exists():
             shutil.rmtree(target)
         partial.rename(target)
-    except BaseException:
+    except (OSError, SafetensorError) as error:
+        older = checkpoints(folder)
+        kept = f"{older[-1].name} is whole, the same command goes on from it" if older else "no checkpoint is there yet"
+        raise TisserandError(f"{target}: cannot be written ({error}); {kept}; make room on the disk first") from error
+    finally:
         shutil.rmtree(partial, ignore_errors=True)
-        raise
     if limit is not None:
         for old in checkpoints(folder)[:-limit]:
             shutil.rmtree(old)
