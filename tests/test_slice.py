@@ -319,6 +319,23 @@ def test_datasets_loads_it_both_ways(scan: Path) -> None:
             assert np.array_equal(np.asarray(example["image"]), pixels_of(scan / "out", "train", row))
 
 
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("how", ["the folder", "the glob of diffusers"])
+def test_pictures_and_captions_arrive_in_trainers_whole_and_streamed(scan: Path, how: str, streaming: bool) -> None:
+    import datasets
+
+    datasets.disable_progress_bars()
+    main(config(scan, "--split", "region", "--stride", "20"))
+    rows = {row.text + str(row.index): row for row in rows_of(scan / "out")["train"]}
+    # diffusers' scripts search what --train_data_dir names for files at any depth.
+    glob = {"train": str(scan / "out" / "train" / "**")}
+    where = {"path": str(scan / "out")} if how == "the folder" else {"path": "imagefolder", "data_files": glob}
+    loaded = datasets.load_dataset(**where, split="train", streaming=streaming, cache_dir=str(scan / "cache"))
+    found = {example["text"] + str(example["index"]): np.asarray(example["image"]) for example in loaded}
+    assert found.keys() == rows.keys()
+    assert all(np.array_equal(found[key], pixels_of(scan / "out", "train", row)) for key, row in rows.items())
+
+
 def test_workers_and_memory_change_nothing(scan: Path) -> None:
     found = []
     for flags in (["--workers", "1"], ["--workers", "4"], ["--memory_gb", "0.5"]):

@@ -192,3 +192,115 @@ def test_a_row_of_nested_lists_does_not_end_the_check(dataset: Path) -> None:
     path = dataset / "train" / "metadata.jsonl"
     path.write_text(path.read_text().replace('"text": "sf_dry"', '"text": ' + "[" * 700 + "]" * 700, 1))
     assert any("no caption" in problem for problem in verify(dataset).problems)
+
+
+# ---- Folders of others ----
+
+
+def as_text_files(dataset: Path) -> None:
+    for split in ("train", "validation"):
+        for row in read(dataset / split):
+            (dataset / split / row["file_name"]).with_suffix(".txt").write_text("a caption\n")
+        (dataset / split / "metadata.jsonl").unlink()
+
+
+def as_csv(dataset: Path) -> None:
+    for split in ("train", "validation"):
+        lines = [f"{row['file_name']},a caption\n" for row in read(dataset / split)]
+        (dataset / split / "metadata.csv").write_text("file_name,text\n" + "".join(lines))
+        (dataset / split / "metadata.jsonl").unlink()
+
+
+@pytest.mark.parametrize("change", [as_text_files, as_csv])
+def test_captions_in_other_files_are_checked_too(dataset: Path, change: Callable[[Path], None]) -> None:
+    change(dataset)
+    verdict = verify(dataset)
+    assert (verdict.problems, verdict.counts) == ((), {"train": 3, "validation": 3})
+    (dataset / "train" / "a-1.png").write_bytes(b"")
+    assert "not a readable picture" in verify(dataset).problems[0]
+
+
+def test_a_picture_without_text_beside_it_is_named(dataset: Path) -> None:
+    as_text_files(dataset)
+    (dataset / "train" / "a-2.txt").unlink()
+    assert verify(dataset).problems == ("train/a-2.png: no caption in column 'text'",)
+
+
+def test_rows_without_a_place_leave_the_leak_unchecked(dataset: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert verify(dataset).leak == "no voxel is in two splits"
+    rows = read(dataset / "train")
+    for row in rows:
+        del row["box"]
+    write(dataset / "train", rows)
+    others = read(dataset / "validation")
+    for row in others:
+        del row["box"]
+    write(dataset / "validation", others)
+    main(VerifyConfig(dataset=dataset))
+    assert "leak unchecked: not every row has the volume and box" in capsys.readouterr().out
+
+
+def test_an_index_split_is_compared_direction_by_direction(dataset: Path) -> None:
+    (dataset / "manifest.json").write_text(json.dumps({"volumes": [], "options": {"split": "index"}}))
+    for split, axis, box in (("train", "warp", [0, 9, 0, 1, 0, 9]), ("validation", "weft", [0, 9, 0, 9, 0, 1])):
+        rows = read(dataset / split)
+        for number, row in enumerate(rows):
+            row |= {"axis": axis if number == 0 else "thickness", "box": box if number == 0 else row["box"]}
+        write(dataset / split, rows)
+    verdict = verify(dataset)
+    assert verdict.problems == ()
+    assert "cross and share lines of voxels" in verdict.leak
+    (dataset / "manifest.json").unlink()
+    assert "share voxels" in verify(dataset).problems[0]
+
+
+def sidecars(dataset: Path) -> None:
+    for number in range(3):
+        (dataset / "train" / f"a-{number}.txt").write_text("sf_dry\n")
+
+
+def metadata_above(dataset: Path) -> None:
+    (dataset / "metadata.jsonl").write_text("")
+
+
+def two_kinds(dataset: Path) -> None:
+    (dataset / "train" / "metadata.csv").write_text("file_name,text\n")
+
+
+@pytest.mark.parametrize(
+    ("trap", "message"),
+    [
+        (sidecars, "loaders take the text for the data set"),
+        (metadata_above, "above the folders of the splits, where loaders ignore it"),
+        (two_kinds, "more than one file of metadata"),
+    ],
+)
+def test_layouts_that_loaders_misread_are_problems(dataset: Path, trap: Callable[[Path], None], message: str) -> None:
+    trap(dataset)
+    assert message in verify(dataset).problems[0]
+
+
+def test_text_files_beside_a_card_are_fine(dataset: Path) -> None:
+    sidecars(dataset)
+    (dataset / "README.md").write_text("---\nconfigs:\n- config_name: default\n  data_files: []\n---\n")
+    assert verify(dataset).problems == ()
+
+
+def test_a_picture_named_like_a_split_is_a_trap_in_a_flat_folder(dataset: Path) -> None:
+    flat = dataset / "train"
+    (flat / "a-0.png").rename(flat / "test-0.png")
+    rows = read(flat)
+    rows[0]["file_name"] = "test-0.png"
+    write(flat, rows)
+    assert "begins like the name of a split" in verify(flat).problems[0]
+    assert verify(dataset).problems == ()
+
+
+def test_it_can_be_loaded_as_trainers_do(dataset: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    main(VerifyConfig(dataset=dataset, load=True))
+    assert "nothing wrong" in capsys.readouterr().out
+
+
+def test_a_dry_run_names_what_would_be_checked(dataset: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    main(VerifyConfig(dataset=dataset, dry_run=True))
+    assert "would check train in" in capsys.readouterr().out
