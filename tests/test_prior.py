@@ -214,7 +214,7 @@ def test_the_prompt_of_a_prior_row_depends_on_its_place_in_the_stream_alone(
     prompts.write_text("a\nb\nc\n")
     options = {"prior_source": "base_prediction", "prior_prompts_file": prompts}
     _, together = make_prior(**options)
-    _, apart = make_prior(**options, train_batch_size=1, gradient_accumulation_steps=4)
+    _, apart = make_prior(**options, train_batch_size=1, gradient_accumulation_steps=4, output_dir=tmp_path / "apart")
     (batch,) = together.update(1).batches
     rows = torch.cat([one.prompts for one in apart.update(1).batches])
     assert torch.equal(batch.prompts, torch.cat([rows[0::2], rows[1::2]]))
@@ -326,9 +326,12 @@ def test_a_run_does_not_continue_on_other_class_images(go: Callable[..., Path], 
         go("--checkpointing_steps", 1, "--max_train_steps", 2)
 
 
-def test_images_that_a_list_names_are_not_added_to(go: Callable[..., Path], captioned_images: Path) -> None:
+def test_images_that_a_list_names_are_not_added_to(
+    go: Callable[..., Path], captioned_images: Path, tmp_path: Path
+) -> None:
+    listed = shutil.copytree(captioned_images, tmp_path / "listed")
     with pytest.raises(InputError, match="names 10 images, and generated ones would not be in it"):
-        go("--class_data_dir", captioned_images, "--num_class_images", 11)
+        go("--class_data_dir", listed, "--num_class_images", 11)
 
 
 @pytest.mark.parametrize(

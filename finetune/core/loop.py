@@ -97,7 +97,7 @@ def train(
         means = averages.tensors if averages else None
         state = checkpoints.read(run.checkpoint, parameters=parameters, optimizer=bare_optimizer, averages=means)
         done, elapsed_s = int(state["step"]), float(state["elapsed_s"])
-        if changed := [name for name, value in state["inputs"].items() if run.inputs.get(name) != value]:
+        if changed := [name for name, value in state.get("inputs", {}).items() if run.inputs.get(name) != value]:
             raise UsageError(f"--{changed[0]}: differs from what {run.checkpoint} began with; --overwrite starts anew")
         if averages:
             averages.restore(done)
