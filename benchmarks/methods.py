@@ -11,17 +11,19 @@ model's own predictions. Writes methods.json and methods.png, and prints the tab
 from __future__ import annotations
 
 import json
+import math
 import os
-import re
 import shlex
 import shutil
 import subprocess
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+import yaml
 
 from configs.errors import TisserandError, UsageError
 from configs.load import command
@@ -214,11 +216,11 @@ def main(config: MethodsConfig) -> None:
         )  # fmt: skip
     for arm in chosen:
         legs: list[Row] = []
-        for steps in arm.legs or (None,):
-            row, shown = _run(config, arm, steps, classifier, weave)
+        for leg in range(max(1, len(arm.legs))):
+            row, shown = _run(config, arm, leg, classifier)
             legs.append(row)
             pictures[row.title] = shown
-        rows += _with_drift(config, arm, legs, rows, weave)
+        rows += _with_drift(config, arm, legs, rows)
 
     result = {
         "rows": [asdict(row) for row in rows],
@@ -257,35 +259,53 @@ def _prepare(config: MethodsConfig, weave: Path) -> None:
         shutil.copy(weave / "train" / row.file_name, out / "nine" / f"{place}.png")
 
 
-def _run(
-    config: MethodsConfig, arm: Arm, steps: int | None, classifier: SliceClassifier, weave: Path
-) -> tuple[Row, list[Path]]:
-    """Train an arm, up to ``steps`` if given, generate, and read what came out."""
+def training(config: MethodsConfig, arm: Arm, leg: int) -> list[str]:
+    """Return the command that trains an arm; the legs after the first continue it."""
     run = config.output_dir / arm.name
     launch = [str(Path(sys.executable).with_name("accelerate")), "launch"]
     launch += ["--config_file", "configs/accelerate/cpu.yaml", f"finetune/{arm.recipe}.py"]
-    words = [word.replace("{weave}", str(weave)) for word in arm.words]
+    words = [word.replace("{weave}", str(config.demo / "weave")) for word in arm.words]
     words = ["--config", f"configs/{arm.preset}.yaml", *words, "--output_dir", str(run), "--seed", str(config.seed)]
-    first = steps is None or steps == arm.legs[0]
-    if config.trial:
-        steps = 2 * (arm.legs.index(steps) + 1 if steps else 1)
+    steps = 2 * (leg + 1) if config.trial else arm.legs[leg] if arm.legs else None
     words += ["--max_train_steps", str(steps)] if steps else []
-    words += ["--checkpointing_steps", str(steps)] if steps and arm.legs else []
-    said = _call([*launch, *words, *(["--overwrite"] if first else [])])
+    words += ["--checkpointing_steps", str(steps)] if arm.legs else []
+    return [*launch, *words, *(["--overwrite"] if leg == 0 else [])]
+
+
+def generation(config: MethodsConfig, name: str, model: Sequence[str], prompts: Sequence[str]) -> list[str]:
+    """Return the command that generates 72 pictures in all, as many of each prompt, or 24 of a single one."""
+    count = (8, 24) if not config.trial else (1, COLUMNS)
+    words = [*model, "--prompts", *prompts, "--num_images", str(count[len(prompts) == 1]), "--seed", str(config.seed)]
+    words += ["--num_inference_steps", "1" if config.trial else "20", "--batch_size", "36"]
+    words += ["--output_dir", str(config.output_dir / "pictures" / name), "--overwrite"]
+    return [sys.executable, "-m", "eval.generate", *words]
+
+
+def drift(config: MethodsConfig, arm: Arm, run: Path) -> list[str]:
+    """Return the command that asks the probes of a trained arm."""
+    words = [*_model_of(arm, run), *(["--base", BASE] if arm.saves_pipeline else [])]
+    words += ["--probes", str(config.output_dir / "probes.yaml"), "--real", str(config.demo / "weave"), "--full"]
+    words += ["--num_inference_steps", "1" if config.trial else "15", "--batch_size", "36"]
+    words += ["--num_timesteps", "2", "--num_images", "1"] if config.trial else []
+    words += ["--output_dir", str(config.output_dir / "drift" / run.name), "--overwrite"]
+    return [sys.executable, "-m", "eval.drift", *words]
+
+
+def _run(config: MethodsConfig, arm: Arm, leg: int, classifier: SliceClassifier) -> tuple[Row, list[Path]]:
+    """Train an arm, or a leg of it, generate, and read what came out."""
+    run = config.output_dir / arm.name
+    _call(training(config, arm, leg))
     logged = json.loads((run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()[-1])
-    learns = re.findall(r"([\d,]+) (?:weights|numbers) learn", said)
-    title = f"{arm.title}, {logged['step']} steps" if arm.legs else arm.title
-    vocabulary = arm.vocabulary
-    prompts = all_captions(vocabulary) if arm.prompt is None else [arm.prompt]
+    prompts = all_captions(arm.vocabulary) if arm.prompt is None else [arm.prompt]
     folder = _generate(config, f"{arm.name}-{logged['step']}", _model_of(arm, run), prompts)
     row = Row(
         name=arm.name,
-        title=title,
+        title=f"{arm.title}, {logged['step']} steps" if arm.legs else arm.title,
         steps=logged["step"],
         seconds=round(logged["elapsed_s"], 1),
-        num_weights=sum(int(number.replace(",", "")) for number in learns),
+        num_weights=_num_learned(run),
         megabytes=round(sum(path.stat().st_size for path in _weights(run)) / 1e6, 2),
-        **_agreement(classifier, folder, vocabulary, None if arm.prompt is None else CONCEPT),
+        **_agreement(classifier, folder, arm.vocabulary, None if arm.prompt is None else CONCEPT),
     )
     if arm.legs:  # the next leg writes over it
         shutil.copytree(run, _leg(run, row.steps), dirs_exist_ok=True, ignore=shutil.ignore_patterns("checkpoint-*"))
@@ -309,45 +329,53 @@ def _weights(run: Path) -> list[Path]:
     return [run / path for path in found if not path.parts[0].startswith(("checkpoint-", "cache", "learned_embeds-"))]
 
 
+def _num_learned(run: Path) -> int:
+    """Count the numbers that learned: those of the files, and of a pipeline those of its parts that were not frozen."""
+    from safetensors import safe_open
+
+    settings = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))
+    frozen = {"vae"} if settings.get("train_text_encoder") else {"vae", "text_encoder"}
+    count = 0
+    for path in _weights(run):
+        if path.parent.name in frozen:
+            continue
+        with safe_open(path, framework="pt") as reader:
+            count += sum(math.prod(reader.get_slice(name).get_shape()) for name in reader.keys())  # noqa: SIM118
+    return count
+
+
 def _generate(config: MethodsConfig, name: str, model: Sequence[str], prompts: Sequence[str]) -> Path:
-    """Generate 72 pictures in all, as many of each prompt, or 24 of a single one."""
-    folder = config.output_dir / "pictures" / name
-    count = (8, 24) if not config.trial else (1, COLUMNS)
-    words = [*model, "--prompts", *prompts, "--num_images", str(count[len(prompts) == 1]), "--seed", str(config.seed)]
-    words += ["--num_inference_steps", "1" if config.trial else "20", "--batch_size", "36"]
-    words += ["--output_dir", str(folder), "--overwrite"]
-    _call([sys.executable, "-m", "eval.generate", *words])
-    return folder
+    """Generate pictures and return their folder."""
+    _call(generation(config, name, model, prompts))
+    return config.output_dir / "pictures" / name
 
 
-def _with_drift(config: MethodsConfig, arm: Arm, legs: list[Row], rows: list[Row], weave: Path) -> list[Row]:
+def _with_drift(config: MethodsConfig, arm: Arm, legs: list[Row], rows: list[Row]) -> list[Row]:
     """Ask the probes: of every arm, and of the leg that agrees with its prompts as well as the LoRA does."""
     lora = next((row for row in rows if row.name == "lora"), None)
     alike = min(legs, key=lambda row: abs(_total(row) - _total(lora))) if lora and len(legs) > 1 else legs[-1]
-    return [_drift(config, arm, row, weave) if row in (alike, legs[-1]) else row for row in legs]
+    return [_drift(config, arm, row) if row in (alike, legs[-1]) else row for row in legs]
 
 
-def _drift(config: MethodsConfig, arm: Arm, row: Row, weave: Path) -> Row:
+def _drift(config: MethodsConfig, arm: Arm, row: Row) -> Row:
     """Return the row with what the probes say."""
     run = config.output_dir / arm.name
     run = _leg(run, row.steps) if arm.legs else run
-    folder = config.output_dir / "drift" / f"{arm.name}-{row.steps}"
-    words = [*_model_of(arm, run), *(["--base", BASE] if arm.saves_pipeline else [])]
-    words += ["--probes", str(config.output_dir / "probes.yaml"), "--real", str(weave), "--full"]
-    words += ["--num_inference_steps", "1" if config.trial else "15", "--batch_size", "36"]
-    words += ["--num_timesteps", "2", "--num_images", "1"] if config.trial else []
-    words += ["--output_dir", str(folder), "--overwrite"]
-    _call([sys.executable, "-m", "eval.drift", *words])
-    found: dict[str, Any] = {}
-    lines = (folder / "results.jsonl").read_text(encoding="utf-8").splitlines()
-    by_probe = {(item["metric"], item["prompt"]): item for item in map(json.loads, lines)}
-    moved = [item["value"] for (metric, prompt), item in by_probe.items() if metric == "divergence" and prompt]
-    for (metric, prompt), item in by_probe.items():
-        if metric == "worst_prompt":
-            found |= {"worst_probe": prompt, "kept": item["value"]}
-    found["class_kept"] = by_probe["retention", CLASS_PROMPT]["value"]
-    found["class_moved"] = by_probe["divergence", CLASS_PROMPT]["value"]
-    return Row(**{**asdict(row), **found, "probes_moved": sum(moved) / len(moved)})
+    _call(drift(config, arm, run))
+    lines = (config.output_dir / "drift" / run.name / "results.jsonl").read_text(encoding="utf-8").splitlines()
+    found: dict[tuple[str, str], Any] = {}
+    for item in map(json.loads, lines):
+        found.setdefault((item["metric"], item["prompt"]), item)
+    moved = [item["value"] for (metric, prompt), item in found.items() if metric == "divergence" and prompt]
+    worst = next(item for (metric, _), item in found.items() if metric == "worst_prompt")
+    return replace(
+        row,
+        worst_probe=worst["prompt"],
+        kept=worst["value"],
+        class_kept=found["retention", CLASS_PROMPT]["value"],
+        class_moved=found["divergence", CLASS_PROMPT]["value"],
+        probes_moved=sum(moved) / len(moved),
+    )
 
 
 def _classifier(weave: Path, seed: int) -> tuple[SliceClassifier, dict[str, float]]:
