@@ -39,7 +39,7 @@ CONCEPT = ("injected", "thickness")
 """The one kind of slice that the methods for few pictures learn, from nine of them."""
 CLASS_PROMPT = "a grey woven texture"
 INSTANCE_PROMPT = "a w17h3r grey woven texture"
-WORD = "<weave>"
+WORD_PROMPT = "a grey <weave> texture"
 PLAIN = Vocabulary(prefix="")
 PROBES = f"""version: 1
 sets:
@@ -136,7 +136,7 @@ def arms(out: Path) -> tuple[Arm, ...]:
             recipe="textual_inversion",
             preset="tiny_ti",
             words=nine,
-            prompt=f"a photo of a {WORD}",
+            prompt=WORD_PROMPT,
         ),
         Arm(name="dreambooth", title="DreamBooth, no prior", words=few, **dreambooth),
         Arm(name="dreambooth_class", title="DreamBooth, class images", words=(*few, *prior), **dreambooth),
@@ -155,7 +155,7 @@ def arms(out: Path) -> tuple[Arm, ...]:
             recipe="pivotal_tuning",
             preset="tiny_pivotal",
             words=few,
-            prompt=f"a photo of a {WORD}",
+            prompt=WORD_PROMPT,
         ),
     )
 
