@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 from safetensors.torch import load_file
-from scipy.stats import ttest_1samp
+from scipy.stats import ttest_1samp, ttest_rel
 
 from configs.errors import InputError, UsageError
 from configs.load import load
@@ -77,6 +77,10 @@ def test_a_look_says_the_loss_of_both_sets_by_band_and_caption(train: Train) -> 
     expected = [(name, *row, n) for name, ns in counts.items() for row, n in zip(both, ns, strict=True)]
     assert first == expected
     assert all(row["low"] < row["loss"] < row["high"] for row in rows)
+    last = [row for row in rows if row["step"] == 6]
+    assert [row["change"] for row in last] == pytest.approx(
+        [row["loss"] - before["loss"] for row, before in zip(last, rows, strict=False)], abs=1e-12
+    )
 
 
 def test_looking_leaves_training_bitwise_as_it_was(train: Train, tmp_path: Path) -> None:
@@ -145,15 +149,17 @@ def test_the_interval_is_that_of_a_t_test() -> None:
     assert (whole["low"], whole["high"]) == pytest.approx((interval.low, interval.high))
 
 
+def test_the_change_since_the_start_is_that_of_a_paired_t_test() -> None:
+    before, after = np.random.default_rng(0).random((2, 9, 4))
+    row = summary(after, ["a"] * 9, [(0, 1)] * 4, before)[2]
+    interval = ttest_rel(after[:, 1], before[:, 1]).confidence_interval()
+    assert row["change"] == pytest.approx((after - before)[:, 1].mean())
+    assert (row["change_low"], row["change_high"]) == pytest.approx((interval.low, interval.high))
+
+
 def test_one_image_has_no_interval() -> None:
-    assert summary(np.ones((1, 1)), ["a"], [(0, 1)])[0] == {
-        "band": None,
-        "caption": None,
-        "loss": 1.0,
-        "low": None,
-        "high": None,
-        "n": 1,
-    }
+    row = summary(np.ones((1, 1)), ["a"], [(0, 1)])[0]
+    assert row == {"band": None, "caption": None, "loss": 1.0, "low": None, "high": None, "n": 1}
 
 
 def test_a_subset_has_every_caption_equally_often() -> None:

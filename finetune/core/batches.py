@@ -194,8 +194,8 @@ class CaptionedBatches:
     def _moments(self, pictures: list[Picture], draws: list[Draws]) -> Moments:
         """Return the posterior of some pictures, from the cache or from the VAE."""
         if self.latents is None:
-            places = [one.crop.tolist() if self.config.crops_at_random else CENTRE for one in draws]
-            return encode(self.models.vae, load_pixels(pictures, places, self.config))
+            cuts = [one.crop.tolist() if self.config.crops_at_random else CENTRE for one in draws]
+            return encode(self.models.vae, load_pixels(pictures, cuts, self.config))
         keys = []
         for picture, one in zip(pictures, draws, strict=True):
             places = picture.places(self.config.cache_crops)
@@ -248,7 +248,8 @@ def captioned_batches(
     groups = _groups(images, balance)
     check_captions(flat, models)
     captions = sorted({caption for picture in flat for caption in picture.captions})
-    run.say(bucket_table(flat))
+    # An image that is there many times, for a word that is learned, is said once.
+    run.say(bucket_table(list({(picture.image.path, picture.turn): picture for picture in flat}.values())))
     if balance:
         run.say(balance_table(images, groups))
     latents = None

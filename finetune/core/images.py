@@ -158,7 +158,7 @@ def _from_row(
     image_column, caption_column = columns
     name_key = "file_name" if image_column == "image" else f"{image_column}_file_name"
     name, text = row.get(name_key), row.get(caption_column)
-    texts = [*captions] or (text if isinstance(text, list) else [text])
+    texts: list[object] = [*captions] or (text if isinstance(text, list) else [text])
     for flag, key, values in (("image_column", name_key, [name]), ("caption_column", caption_column, texts)):
         if not values or not all(isinstance(value, str) for value in values):
             raise InputError(f"{where}: no text under '{key}' (--{flag}); the keys are {', '.join(row)}")
@@ -166,19 +166,21 @@ def _from_row(
         raise InputError(f"{where}: '{name}' lies outside the folder")
     if not all(str(caption).strip() for caption in texts):
         raise InputError(f"{where}: the caption of {name} is empty; write one, or use --caption_dropout")
-    size = row.get("um_per_px")
-    known = (
-        isinstance(size, list)
-        and len(size) == 2
-        and all(type(edge) in (int, float) and 0 < edge < 1e9 for edge in size)
-    )
     return _checked(
         folder / str(name),
         where,
         tuple(map(str, texts)),
-        um_per_px=tuple(map(float, size)) if known else None,  # type: ignore[arg-type]  # checked the line before
+        um_per_px=_um_per_px(row.get("um_per_px")),
         columns={key: str(value) for key, value in row.items() if isinstance(value, str | int | float | bool)},
     )
+
+
+def _um_per_px(size: object) -> tuple[float, float] | None:
+    """Return the pixel size of a row, or None for anything but two positive numbers."""
+    if not isinstance(size, list) or len(size) != 2:
+        return None
+    known = all(type(edge) in (int, float) and 0 < edge < 1e9 for edge in size)
+    return (float(size[0]), float(size[1])) if known else None
 
 
 def _from_file(path: Path, flag: str, captions: Sequence[str]) -> CaptionedImage:

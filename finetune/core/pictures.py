@@ -177,7 +177,8 @@ def check_decodable(images: Sequence[CaptionedImage], config: PictureConfig) -> 
             return str(error)
         return ""
 
-    raise_together([said for said in _in_threads(problem, config, images) if said])
+    unique = list({image.path: image for image in images}.values())
+    raise_together([said for said in _in_threads(problem, config, unique) if said])
 
 
 @contextmanager

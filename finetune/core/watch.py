@@ -65,11 +65,14 @@ class Watch:
         every = self.config.heldout_steps
         if every is None or run.train.dry_run or (step % every and step != run.total_steps):
             return
-        rows = [
-            {"step": step, "set": name, **row}
-            for name, pictures in self.sets.items()
-            for row in summary(self.losses(pictures), [one.image.caption for one in pictures], self.bands)
-        ]
+        rows = []
+        for name, pictures in self.sets.items():
+            losses = self.losses(pictures)
+            first = losses if step == 0 else _first_losses(run.folder / HELDOUT, name, losses.shape)
+            said = summary(losses, [one.image.caption for one in pictures], self.bands, first)
+            rows += [{"step": step, "set": name, **row} for row in said]
+            if step == 0:
+                rows[-len(said)]["losses"] = losses.tolist()
         if not run.is_main:
             return
         with (run.folder / HELDOUT).open("a", encoding="utf-8") as stream:
@@ -138,33 +141,60 @@ class Watch:
         )
 
 
-def summary(losses: NDArray[np.float64], captions: Sequence[str], bands: Sequence[tuple[int, int]]) -> list[Row]:
+def _first_losses(path: Path, name: str, shape: tuple[int, ...]) -> NDArray[np.float64] | None:
+    """Return the losses of step 0 from the file, or None if it has none of these images and bands."""
+    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
+        row = json.loads(line)
+        if row["set"] == name and "losses" in row:
+            found = np.array(row["losses"])
+            return found if found.shape == shape else None
+    return None
+
+
+def summary(
+    losses: NDArray[np.float64],
+    captions: Sequence[str],
+    bands: Sequence[tuple[int, int]],
+    first: NDArray[np.float64] | None = None,
+) -> list[Row]:
     """Return the mean loss with its interval: over all, by band of timesteps, and by caption.
 
     The interval is Student's t over the means of images, 95 %. It says how far other images of this kind would move the
-    mean; neighbouring slices of one volume resemble each other, so with those it is too narrow.
+    mean; neighbouring slices of one volume resemble each other, so with those it is too narrow. The change since step 0
+    is that of the same triples, image by image, which mostly makes its interval the narrower one.
 
     Args:
         losses: (N, T), of each image in each band.
         captions: of the images; those with one image have no row of their own.
         bands: half-open ranges of timesteps.
+        first: (N, T), losses at step 0, or None if they are not known.
     """
-    rows = [{"band": None, "caption": None, **_mean(losses.mean(axis=1))}]
-    rows += [{"band": list(band), "caption": None, **_mean(losses[:, place])} for place, band in enumerate(bands)]
+    everything = range(len(captions))
+    parts: list[tuple[Row, Sequence[int], slice]] = [({"band": None, "caption": None}, everything, slice(None))]
+    for number, band in enumerate(bands):
+        parts.append(({"band": list(band), "caption": None}, everything, slice(number, number + 1)))
     for caption, count in sorted(Counter(captions).items()):
         if count > 1:
             chosen = [place for place, one in enumerate(captions) if one == caption]
-            rows.append({"band": None, "caption": caption, **_mean(losses[chosen].mean(axis=1))})
+            parts.append(({"band": None, "caption": caption}, chosen, slice(None)))
+    rows = []
+    for named, places, part in parts:
+        loss, low, high = mean_interval(losses[places][:, part].mean(axis=1))
+        row = {**named, "loss": loss, "low": low, "high": high, "n": len(places)}
+        if first is not None:
+            change = mean_interval((losses - first)[places][:, part].mean(axis=1))
+            row |= dict(zip(("change", "change_low", "change_high"), change, strict=True))
+        rows.append(row)
     return rows
 
 
-def _mean(values: NDArray[np.float64]) -> Row:
-    """Return a mean, the ends of its interval (None for a single value), and how many values it is of."""
+def mean_interval(values: NDArray[np.float64]) -> tuple[float, float | None, float | None]:
+    """Return a mean and the ends of its 95 % interval by Student's t; None for those of a single value."""
     count, mean = len(values), float(values.mean())
     if count < 2:
-        return {"loss": mean, "low": None, "high": None, "n": count}
+        return mean, None, None
     half = float(student_t.ppf(0.975, count - 1)) * float(values.std(ddof=1)) / math.sqrt(count)
-    return {"loss": mean, "low": mean - half, "high": mean + half, "n": count}
+    return mean, mean - half, mean + half
 
 
 def spread_over_captions(images: Sequence[CaptionedImage], count: int) -> list[CaptionedImage]:
