@@ -390,8 +390,8 @@ def _loss_gap(
         if config.train_data_dir is None
         else few_cuts(config.train_data_dir, vocabulary, SMALLEST_TILE)
     )
-    pictures, captions, blocks = list[Grey](), list[str](), list[str]()
-    counts = []
+    pictures: list[Grey] = []
+    captions, blocks, counts = list[str](), list[str](), list[int]()
     for cuts in (learned, split_cuts(real, "validation", smallest)):
         labels = {cut.label for cut in learned}
         each = max(1, config.loss_slices // len(labels))

@@ -90,8 +90,14 @@ def render(config: ReportConfig, run: Run | None, folders: Sequence[Folder]) -> 
         sheet=sections.contact_sheet(folders, pictures) if samples is None else "",
         confusion=sections.confusion_tables(folders),
         fidelity=sections.fidelity_table(folders),
+        descriptors=sections.descriptor_table(folders, pictures),
+        memorization=sections.memorization_section(folders, pictures),
+        comparison=sections.compare_table(folders, pictures),
+        heat=sections.drift_heat(folders),
         drift=sections.drift_sections(folders, pictures),
-        suggest={name: sections.suggestion(f"eval.{name}", folders, run) for name in ("fidelity", "drift")},
+        suggest={
+            name: sections.suggestion(f"eval.{name}", folders, run) for name in ("fidelity", "drift", "memorization")
+        },
         appendix=sections.appendix(run, folders),
         num_left_out=pictures.num_left_out,
     )

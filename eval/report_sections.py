@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import io
+import json
 import math
 import shlex
 from collections.abc import Mapping, Sequence
@@ -33,6 +34,22 @@ LABELS = {
     "real": "real to real",
     "vae": "real through the VAE, to real",
     "nearest_states": "nearest two states",
+    "descriptor_floor_ratio": "all descriptors / real to real",
+    "two_sample_auc": "told apart by a classifier (AUC)",
+    "mmd": "distance of descriptors (MMD)",
+    "ncc_recall": "planted copies found, correlation",
+    "ncc_false_alarm": "held-out tiles flagged, correlation",
+    "ncc_copies": "flagged as copies, correlation",
+    "ncc_closer": "closer to training than held-out, correlation",
+    "copy_net_recall": "planted copies found, copy network",
+    "copy_net_false_alarm": "held-out tiles flagged, copy network",
+    "copy_net_copies": "flagged as copies, copy network",
+    "copy_net_closer": "closer to training than held-out, copy network",
+    "seed_agreement": "likeness of different seeds",
+    "loss_gap_auc": "loss tells trained from held-out (AUC)",
+    "split_audit": "problems of the split",
+    "chords": "chord length",
+    "two_point": "two-point probability",
 }
 PROBE_SETS = {
     "G0": "anchors",
@@ -133,8 +150,13 @@ def _finding(row: Result) -> str:
         "agreement_state": f"{value:.0%} show the state asked for",
         "agreement_axis": f"{value:.0%} show the axis asked for",
         "kid_floor_ratio": f"{value:.1f} times the distance between real slices",
+        "descriptor_floor_ratio": f"Descriptors are {value:.1f} times as far from real slices as real ones are",
+        "two_sample_auc": f"A classifier tells {value:.0%} of pairs apart",
+        "memorisation": f"{_sentence(row.reason)}",
         "worst_prompt": f"Worst prompt: {row.prompt}, {row.unit.replace('_', ' ')} {value:.2f}",
     }.get(row.metric, f"{_sentence(row.metric.replace('_', ' '))} {value:.2f}")
+    if row.metric == "memorisation":
+        return f"{text}."
     why = f": {row.reason.replace('_', ' ')}" if row.reason and row.verdict != "ok" else ""
     return f"{text}{why}."
 
@@ -280,6 +302,7 @@ def confusion_tables(folders: Sequence[Folder]) -> list[dict[str, Any]]:
 def fidelity_table(folders: Sequence[Folder]) -> dict[str, Any]:
     """Return the numbers over all captions, and a row per caption with a column per measure."""
     rows = [row for folder in folders if folder.module == "eval.fidelity" for row in folder.rows]
+    rows = [row for row in rows if not row.set.startswith("descriptor")]
     single = [row for row in rows if row.prompt]
     by_key = {(row.prompt, row.metric): line(row) for row in single}
     metrics = list(dict.fromkeys(row.metric for row in single))
@@ -291,6 +314,129 @@ def fidelity_table(folders: Sequence[Folder]) -> dict[str, Any]:
             for prompt in dict.fromkeys(row.prompt for row in single)
         ],
         "reasons": list(dict.fromkeys(_sentence(row.reason) for row in single if row.reason and row.verdict != "ok")),
+    }
+
+
+def descriptor_table(folders: Sequence[Folder], pictures: Pictures) -> dict[str, Any]:
+    """Return the floor ratio of each descriptor with its reference lines and captions, and the curves of each caption.
+
+    Ratios are shaded on a logarithmic scale: 1 is white, 10 and more the darkest.
+    """
+    found: dict[str, Any] = {"captions": [], "rows": [], "overlays": []}
+    for folder in folders:
+        if folder.module != "eval.fidelity":
+            continue
+        rows = [row for row in folder.rows if row.set.startswith("descriptor")]
+        single = {(row.metric, row.prompt): row for row in rows if row.prompt}
+        lines = {(row.metric, row.set): row for row in rows if not row.prompt}
+        found["captions"] = list(dict.fromkeys(row.prompt for row in rows if row.prompt))
+        for metric in dict.fromkeys(row.metric for row in rows):
+            own, vae, state = (
+                lines.get((metric, name)) for name in ("descriptor", "descriptor_vae", "descriptor_nearest_states")
+            )
+            if own is None:
+                continue
+            found["rows"].append(
+                {
+                    **line(own),
+                    "vae": f"{vae.value:.1f}" if vae and vae.value is not None else "-",
+                    "state": f"{state.value:.1f}" if state and state.value is not None else "-",
+                    "cells": [_ratio_cell(single.get((metric, prompt))) for prompt in found["captions"]],
+                }
+            )
+        for entry in read_json(folder.path / "overview.json").get("overlays") or ():
+            if isinstance(entry, dict) and (uri := pictures.embed(folder.path, str(entry.get("file")))):
+                found["overlays"].append({"caption": str(entry.get("caption", "")), "uri": uri})
+    return found
+
+
+def _ratio_cell(row: Result | None) -> dict[str, Any]:
+    """Return a ratio as text with how dark its cell is, in [0, 1]."""
+    if row is None or row.value is None:
+        return {"value": "-", "share": 0.0}
+    return {"value": f"{row.value:.1f}", "share": round(min(1.0, max(0.0, math.log10(max(row.value, 1e-6)))), 2)}
+
+
+def memorization_section(folders: Sequence[Folder], pictures: Pictures) -> dict[str, Any] | None:
+    """Return the verdict, the controls and findings, the curves and the closest pairs of a memorisation check."""
+    for folder in folders:
+        if folder.module != "eval.memorization":
+            continue
+        whole = [row for row in folder.rows if not row.prompt]
+        overall = next((row for row in whole if row.metric == "memorisation"), None)
+        return {
+            "overall": line(overall) if overall else None,
+            "rows": [line(row) for row in whole if row.metric != "memorisation"],
+            "curves": pictures.embed(folder.path, "distances.png"),
+            "pairs": _pairs(folder, pictures),
+        }
+    return None
+
+
+def _pairs(folder: Folder, pictures: Pictures) -> list[dict[str, Any]]:
+    """Return the closest pairs of a gallery, each with its strip."""
+    path = folder.path / "gallery.json"
+    try:
+        content = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else []
+    except ValueError:
+        content = []
+    pairs = []
+    for entry in content if isinstance(content, list) else ():
+        if isinstance(entry, dict) and (uri := pictures.embed(folder.path, str(entry.get("file")))):
+            box = entry.get("box")
+            place = f"voxels {', '.join(map(str, box))}" if _numbers(box) else "place unknown"
+            texts = {name: str(entry.get(name, "")) for name in ("caption", "generated", "trained", "score")}
+            pairs.append({**texts, "place": place, "uri": uri, "is_flagged": entry.get("is_flagged") is True})
+    return pairs
+
+
+def compare_table(folders: Sequence[Folder], pictures: Pictures) -> dict[str, Any] | None:
+    """Return the table and the plot of a comparison of runs."""
+    for folder in folders:
+        if folder.module != "eval.compare":
+            continue
+        table = read_json(folder.path / "table.json")
+        lines = []
+        for entry in table.get("lines") or ():
+            cells = [_compared(cell) for cell in entry.get("cells") or ()]
+            lines.append({"name": str(entry.get("name", "")), "is_best": entry.get("is_best") is True, "cells": cells})
+        columns = [str(column.get("name", "")) for column in table.get("columns") or ()]
+        best = next((row.reason for row in folder.rows if row.metric == "pareto_best"), "")
+        return {"columns": columns, "lines": lines, "best": best, "plot": pictures.embed(folder.path, "pareto.png")}
+    return None
+
+
+def _compared(cell: object) -> dict[str, str]:
+    """Write one cell of a comparison."""
+    if not isinstance(cell, dict) or not isinstance(cell.get("value"), int | float):
+        return {"value": "-", "interval": "", "verdict": "grey", "note": ""}
+    low, high = cell.get("low"), cell.get("high")
+    interval = f"{low:.2f} to {high:.2f}" if isinstance(low, int | float) and isinstance(high, int | float) else ""
+    verdict = str(cell.get("verdict"))
+    return {
+        "value": f"{cell['value']:.2f}",
+        "interval": interval,
+        "verdict": verdict if verdict in WORDS else "grey",
+        "note": str(cell.get("note", "")),
+    }
+
+
+def drift_heat(folders: Sequence[Folder]) -> dict[str, Any] | None:
+    """Return kept shares of prompts (rows) at several checks (columns), where there are at least two of drift."""
+    checks = [folder for folder in folders if folder.module == "eval.drift"]
+    if len(checks) < 2:
+        return None
+    prompts: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for place, folder in enumerate(checks):
+        for metric in ("colourfulness_ratio", "retention"):  # what was measured last wins
+            for row in folder.rows:
+                if row.metric == metric and row.prompt and row.value is not None:
+                    cells = prompts.setdefault((row.set, row.prompt), [{"value": "-", "share": 0.0}] * len(checks))
+                    lost = min(1.0, max(0.0, 1.0 - row.value))
+                    cells[place] = {"value": f"{row.value:.2f}", "share": round(lost, 2)}
+    return {
+        "columns": [folder.path.name if folder.path.name != "drift" else folder.path.parent.name for folder in checks],
+        "rows": [{"set": name, "prompt": prompt, "cells": cells} for (name, prompt), cells in sorted(prompts.items())],
     }
 
 

@@ -16,7 +16,7 @@ from configs.errors import InputError, UsageError
 from data_prep.manifest import write_manifest
 from eval.report import ReportConfig, main
 from eval.report_inputs import LONGEST_SIDE, Pictures
-from eval.results import Result, write_results
+from eval.results import Result, read_results, write_results
 
 SCRIPT = "<script>alert('x')</script>"
 
@@ -85,6 +85,41 @@ def write_fidelity(folder: Path, caption: str = "sf_dry sf_warp", verdict: str =
     confusion = {"state": {"names": ["dry", "injected"], "held_out": [[30, 1], [2, 29]], "generated": [[7, 0], [0, 9]]}}
     overview = {"tile_px": 16, "captions": [{"caption": caption, "files": files}], "confusion": confusion}
     (folder / "overview.json").write_text(json.dumps(overview))
+    return folder
+
+
+def write_memorization(folder: Path, caption: str = "sf_dry sf_warp") -> Path:
+    """Write a check that found copies, with one pair in its gallery."""
+    row = Result(
+        metric="memorisation",
+        set="generated",
+        value=1,
+        n=3,
+        verdict="stop",
+        reason="copies likely (ncc copies)",
+        command="python -m eval.memorization --real data/weave",
+    )
+    recall = replace(row, metric="ncc_recall", set="control", value=0.97, verdict="ok", reason="planted tiles found")
+    write_png(folder / "gallery" / "00.png")
+    write_png(folder / "distances.png")
+    write_results(folder / "results.jsonl", [row, recall])
+    pair = {"file": "gallery/00.png", "caption": caption, "generated": "a.png", "trained": "b.png", "score": 4.2}
+    gallery = [{**pair, "box": [0, 1, 2, 3, 4, 5], "is_flagged": True}]
+    (folder / "gallery.json").write_text(json.dumps(gallery))
+    return folder
+
+
+def write_compare(folder: Path, name: str = "lora") -> Path:
+    """Write a comparison of two runs."""
+    best = Result(
+        metric="pareto_best", value=1, n=2, reason=f"best: {name}", command="python -m eval.compare --runs a=b"
+    )
+    write_png(folder / "pareto.png")
+    write_results(folder / "results.jsonl", [best])
+    cell = {"value": 2.5, "low": 2.0, "high": 3.0, "n": 9, "verdict": "warn", "note": ""}
+    lines = [{"name": name, "is_best": True, "cells": [cell]}, {"name": "full", "is_best": False, "cells": [None]}]
+    table = {"columns": [{"name": "distance / real to real", "is_more_better": False}], "lines": lines}
+    (folder / "table.json").write_text(json.dumps(table))
     return folder
 
 
@@ -249,3 +284,57 @@ def test_a_missing_folder_and_one_without_results_are_one_clear_line(tmp_path: P
         render(tmp_path / "report.html", None, tmp_path)
     with pytest.raises(InputError, match=r"--run .*: no config\.yaml"):
         render(tmp_path / "report.html", tmp_path)
+
+
+def test_copies_show_verdict_controls_curves_and_pairs(tmp_path: Path) -> None:
+    text = render(tmp_path / "report.html", None, write_memorization(tmp_path / "memorization"))
+    assert Page(text).boxes == ["grey", "grey", "grey", "stop"]
+    for words in (
+        "copies likely (ncc copies)",
+        "planted copies found, correlation",
+        "counts as a copy",
+        "voxels 0, 1, 2",
+    ):
+        assert words in text
+    assert text.count("data:image/png;base64,") == 2
+
+
+def test_a_comparison_shows_a_line_a_run(tmp_path: Path) -> None:
+    text = render(tmp_path / "report.html", None, write_compare(tmp_path / "compare"))
+    assert "<strong>lora</strong>" in text
+    assert "2.00 to 3.00" in text
+    assert text.count("data:image/png;base64,") == 1
+
+
+def test_descriptors_are_a_table_of_their_own(tmp_path: Path) -> None:
+    folder = write_fidelity(tmp_path / "fidelity")
+    command = read_results(folder / "results.jsonl")[0].command
+    row = Result(metric="two_point", set="descriptor", value=3.2, low=2.0, high=4.0, n=9, unit="ratio", command=command)
+    rows = [*read_results(folder / "results.jsonl"), row, replace(row, set="descriptor_vae", value=1.1)]
+    rows.append(replace(row, prompt="sf_dry sf_warp", value=10.0))
+    write_results(folder / "results.jsonl", rows)
+    text = render(tmp_path / "report.html", None, folder)
+    heat = text.partition('<table class="heat">')[2].partition("</table>")[0]
+    assert "two-point probability" in heat
+    assert "<td>1.1</td>" in heat
+    assert '--share: 1.0">10.0</td>' in heat
+
+
+def test_two_checks_of_drift_give_a_heat_map(tmp_path: Path) -> None:
+    checks = [write_drift(tmp_path / name) for name in ("step-100", "step-200")]
+    text = render(tmp_path / "report.html", None, *checks)
+    heat = text.partition('<table class="heat">')[2].partition("</table>")[0]
+    assert "step-100" in heat
+    assert "step-200" in heat
+    assert heat.count('--share: 0.7">0.30</td>') == 2
+
+
+@pytest.mark.parametrize("kind", ["pair", "run"])
+def test_text_of_copies_and_comparisons_is_escaped(tmp_path: Path, kind: str) -> None:
+    if kind == "pair":
+        folder = write_memorization(tmp_path / "check", SCRIPT)
+    else:
+        folder = write_compare(tmp_path / "check", SCRIPT)
+    text = render(tmp_path / "report.html", None, folder)
+    assert "script" not in Page(text).tags
+    assert "&lt;script&gt;" in text
