@@ -151,6 +151,19 @@ def test_two_processes_leave_one_set_of_files(two: Path) -> None:
 
 
 @pytest.mark.slow
+def test_a_launcher_that_would_start_one_process_for_two_is_refused(
+    toy_sd: Path, captioned_images: Path, tmp_path: Path
+) -> None:
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2"]
+    asked = words(toy_sd, captioned_images, tmp_path / "run")
+    done = subprocess.run(
+        [*launch, str(ROOT / "finetune" / "lora.py"), *asked], cwd=ROOT, capture_output=True, text=True, timeout=200
+    )
+    assert "error: --num_processes 2: 1 would train; on CPUs start them with torchrun --nproc_per_node 2" in done.stderr
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("whom", ["group", "one worker"])
 def test_all_processes_agree_to_stop_and_go_on(
     whom: str, two: Path, toy_sd: Path, captioned_images: Path, tmp_path: Path

@@ -142,7 +142,7 @@ def _peaks(denoiser: nn.Module, parameters: list[nn.Parameter], loss: Loss, batc
 
 def _first(batch: Batch, count: int) -> Batch:
     """Return the first images of a batch."""
-    cut = {
+    cut: dict[str, Any] = {
         field.name: value[:count]
         for field in dataclasses.fields(batch)
         if isinstance(value := getattr(batch, field.name), Tensor | tuple)
@@ -170,7 +170,7 @@ class _Held(TorchDispatchMode):
     """
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.now = self.most = 0
         self._known: set[int] = set()
 

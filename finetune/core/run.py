@@ -14,8 +14,9 @@ import secrets
 import shutil
 import subprocess
 import sys
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
@@ -263,7 +264,7 @@ def _make_accelerator(train: TrainConfig, folder: Path) -> Accelerator:
                 f"accelerate launch with {name}: splits weights and optimizer over the processes; checkpoints and "
                 "saved files do not gather them in this version; use configs/accelerate/multi_gpu.yaml"
             )
-    started = int(os.environ.get("WORLD_SIZE", 1))
+    started = int(os.environ.get("WORLD_SIZE", 0)) or _asked_of_launcher()
     accelerator = Accelerator(
         # Without a GPU accelerate connects the processes of torchrun only if told; each would train alone, as rank 0.
         cpu=started > 1 and not torch.accelerator.is_available(),
@@ -272,7 +273,10 @@ def _make_accelerator(train: TrainConfig, folder: Path) -> Accelerator:
         project_config=ProjectConfiguration(project_dir=str(folder), logging_dir=str(folder / train.logging_dir)),
     )
     if accelerator.num_processes != started:
-        raise UsageError(f"{started} processes were started, but {accelerator.num_processes} would train: use torchrun")
+        raise UsageError(
+            f"--num_processes {started}: {accelerator.num_processes} would train; on CPUs start them with "
+            f"torchrun --nproc_per_node {started}"
+        )
     return accelerator
 
 
@@ -290,6 +294,17 @@ def _set_threads(accelerator: Accelerator) -> int:
         local = int(os.environ.get("LOCAL_WORLD_SIZE", accelerator.num_processes))
         torch.set_num_threads(max(1, cores // local))
     return torch.get_num_threads()
+
+
+def _asked_of_launcher() -> int:
+    """Return the processes that `accelerate launch` was told to start: on a CPU it silently starts one."""
+    words: list[str] = []
+    if "ACCELERATE_MIXED_PRECISION" in os.environ:
+        with suppress(psutil.Error):
+            words = psutil.Process(os.getppid()).cmdline()
+    pairs = [word.partition("=")[::2] for word in words] + list(pairwise(words))
+    counts = [value for name, value in pairs if name in ("--num_processes", "--num-processes") and value.isdigit()]
+    return int(counts[-1]) if counts else 1
 
 
 def _launcher_chose_threads() -> bool:
