@@ -3,7 +3,8 @@ r"""Generate slices: prompts x seeds -> pictures, at the size the model was trai
     python -m eval.generate --pretrained_model_name_or_path assets/tiny-sd --adapter runs/lora \
         --prompts "sf_dry sf_warp" "sf_injected sf_weft" --num_images 4 --seed 0 --output_dir out/slices
 
-Writes one PNG per picture, records.jsonl, contact_sheet.png and config.yaml. The same request gives the same pixels.
+Writes one PNG per picture, records.jsonl, contact_sheet.png, grid.json and config.yaml. The same request gives the same
+pixels. With --format tiff16 --dataset DIR each slice is also written to tiff/ in the counts of its volume.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from configs.errors import UsageError
 from configs.load import Repeatable, command, save
@@ -40,10 +42,16 @@ class GenerateConfig:
     """What to generate."""
     prompts_file: Path | None = None
     """More prompts: a text file with one per line, or a YAML list."""
+    grid: Path | None = None
+    """Prompts and seeds of an earlier request, from its grid.json, instead of prompts, num_images and seed."""
     num_images: int = 4
     """Pictures per prompt."""
     seed: int = 0
     """The pictures of a prompt have the seeds seed, seed + 1, ..."""
+    format: Literal["png", "tiff16"] = "png"
+    """tiff16: also write 16-bit slices in counts, with the size of a voxel, by the window of the dataset's volumes."""
+    dataset: Path | None = None
+    """Dataset folder whose windows tiff16 turns round, such as data/weave."""
     sampling: SamplingConfig = SamplingConfig()
     output_dir: Path
     """Folder to write."""
@@ -52,8 +60,12 @@ class GenerateConfig:
 
     def __post_init__(self) -> None:
         """Refuse a request for nothing and seeds that a generator cannot take."""
-        if not self.prompts and self.prompts_file is None:
+        if not self.prompts and self.prompts_file is None and self.grid is None:
             raise ValueError("--prompts: nothing to generate; give prompts, or a --prompts_file")
+        if self.grid is not None and (self.prompts or self.prompts_file is not None):
+            raise ValueError(f"--grid {self.grid}: holds its own prompts; leave --prompts and --prompts_file out")
+        if (self.format == "tiff16") != (self.dataset is not None):
+            raise ValueError(f"--format {self.format}: --dataset goes with tiff16, which needs it for the grey windows")
         if self.num_images < 1:
             raise ValueError(f"--num_images {self.num_images}: at least 1")
         each_scale(self.adapter, self.adapter_scale)
@@ -64,11 +76,13 @@ class GenerateConfig:
 def main(config: GenerateConfig) -> None:
     """Load, generate batch by batch, and publish the folder when it is whole."""
     from data_prep.manifest import check_free, publish
-    from prompts.grids import make_grid, read_prompts
+    from eval.tiff16 import scales_of, write_slice
+    from prompts.grids import make_grid, read_grid, read_prompts, write_grid
 
     check_free(config.output_dir, overwrite=config.overwrite, mark="records.jsonl")
     prompts = [*config.prompts, *(read_prompts(config.prompts_file) if config.prompts_file else ())]
-    grid = make_grid(prompts, config.num_images, config.seed)
+    grid = read_grid(config.grid) if config.grid else make_grid(prompts, config.num_images, config.seed)
+    scales = scales_of(config.dataset, grid.prompts) if config.dataset else {}
 
     from PIL import Image
     from tqdm import tqdm
@@ -91,6 +105,8 @@ def main(config: GenerateConfig) -> None:
     columns = min(len(grid.seeds), SHEET_COLUMNS)
     with publish(config.output_dir, overwrite=config.overwrite, mark="records.jsonl") as folder:
         records = []
+        if scales:
+            (folder / "tiff").mkdir()
         bar = tqdm(total=len(requests), desc="generating", unit="picture", disable=None)
         for start in range(0, len(requests), settings.batch_size):
             batch = requests[start : start + settings.batch_size]
@@ -99,7 +115,12 @@ def main(config: GenerateConfig) -> None:
             for index, (picture, (prompt, seed)) in enumerate(zip(pictures, batch, strict=True), start=start):
                 name = picture_name(index // len(grid.seeds), prompt, seed)
                 Image.fromarray(picture).save(folder / name)
-                records.append(_record(name, prompt, seed, settings, base, tuned.adapters))
+                record = _record(name, prompt, seed, settings, base, tuned.adapters)
+                if scales:
+                    record["tiff"] = f"tiff/{Path(name).stem}.tif"
+                    spread = write_slice(folder / str(record["tiff"]), picture, scales[prompt])
+                    record["channel_spread"] = round(spread, 3)
+                records.append(record)
                 if index % len(grid.seeds) < columns and index // len(grid.seeds) < SHEET_ROWS:
                     shown.append(picture)
             bar.update(len(batch))
@@ -110,6 +131,7 @@ def main(config: GenerateConfig) -> None:
         contact_sheet(shown, rows, columns, labels, headers).save(folder / "contact_sheet.png")
         text = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
         (folder / "records.jsonl").write_text(text, encoding="utf-8")
+        write_grid(folder / "grid.json", grid)
         save(config, folder / "config.yaml")
 
     print(
