@@ -22,7 +22,16 @@ from configs.errors import InputError
 from data_prep.readers import ReadConfig, VolumeInfo, without
 from data_prep.readers.places import Place, one_line, open_place, read_into, size_of
 from data_prep.readers.tiff_metadata import Axes, axes_of, voxel_um_of
-from data_prep.readers.tiff_pages import Page, check_apart, check_values, log_records, native, read_pages, tiff_of
+from data_prep.readers.tiff_pages import (
+    Page,
+    check_apart,
+    check_lzw,
+    check_values,
+    log_records,
+    native,
+    read_pages,
+    tiff_of,
+)
 
 # How far an edge may differ from another before a picture would look stretched.
 _ISOTROPIC_WITHIN = 0.01
@@ -81,8 +90,10 @@ class TiffVolume:
         """Return one plane, of one channel if all are equal."""
         path, (number, level) = self.info.path, self.pages[z]
         try:
-            page = tif.pages[number]
-            plane = (page if level == 0 else page.pages[level - 1]).asarray(maxworkers=1)
+            page = tif.pages[number] if level == 0 else tif.pages[number].pages[level - 1]
+            if page.compression == tifffile.COMPRESSION.LZW:
+                check_lzw(page)
+            plane = page.asarray(maxworkers=1)
         # Each codec raises errors of its own kind; whichever it is, the plane is lost.
         except Exception as error:
             raise InputError(
@@ -94,8 +105,8 @@ class TiffVolume:
             if not all(np.array_equal(colours[0], other) for other in colours[1:]):
                 raise InputError(f"{path}: plane {z} is coloured (red, green and blue differ); save the volume as grey")
             plane = colours[0]
-        if records or plane.shape != self.info.shape[1:]:
-            raise InputError(f"{path}: plane {z} is damaged ({' '.join(records) or plane.shape})")
+        if records or plane.shape != self.info.shape[1:] or plane.dtype.name != self.info.dtype:
+            raise InputError(f"{path}: plane {z} is damaged ({' '.join(records) or (plane.shape, plane.dtype.name)})")
         return native(plane)
 
     def _read_split(self, indices: Sequence[int]) -> Iterator[tuple[int, NDArray[Any]]]:

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from configs.errors import InputError
 from data_prep.readers import ReadConfig, VolumeInfo, without
 from data_prep.readers.places import Place, inside, one_line, open_place, read_into
-from data_prep.readers.tiff_pages import Page, check_values, log_records, native, open_page
+from data_prep.readers.tiff_pages import Page, check_lzw, check_values, log_records, native, open_page
 
 _SUFFIXES = (".tif", ".tiff")
 _PICTURES = (".png", ".jpg", ".jpeg", ".bmp")
@@ -54,14 +54,16 @@ class TiffFolder:
         with log_records() as records, open_place(path) as file:
             try:
                 with tifffile.TiffFile(file) as tif:
+                    if tif.pages.first.compression == tifffile.COMPRESSION.LZW:
+                        check_lzw(tif.pages.first)
                     plane = tif.pages.first.asarray(maxworkers=1)
             # Each codec raises errors of its own kind; whichever it is, the plane is lost.
             except Exception as error:
                 raise InputError(
                     f"{path}: cannot be decoded ({one_line(error)}); --skip_bad_planes drops the slices it is in"
                 ) from error
-        if records or plane.shape != self.info.shape[1:]:
-            raise InputError(f"{path}: is damaged ({' '.join(records) or plane.shape})")
+        if records or plane.shape != self.info.shape[1:] or plane.dtype.name != self.info.dtype:
+            raise InputError(f"{path}: is damaged ({' '.join(records) or (plane.shape, plane.dtype.name)})")
         return native(plane)
 
 

@@ -23,8 +23,10 @@ from data_prep.readers.places import Place, one_line, open_place, size_of
 _MOST_TAGS = 4096
 # Bytes of a value by the number of its type (TIFF 6.0 and BigTIFF).
 _TYPE_BYTES = {1: 1, 2: 1, 3: 2, 4: 4, 5: 8, 6: 1, 7: 1, 8: 2, 9: 4, 10: 8, 11: 4, 12: 8, 13: 4, 16: 8, 17: 8, 18: 8}
+_WHOLE = (1, 3, 4, 16, 17, 18, 13)
 # Writers that align strips to words count up to 3 bytes that hold nothing.
 _ALIGNMENT = 3
+_FAX = (2, 3, 4)
 _GREY = (tifffile.PHOTOMETRIC.MINISWHITE, tifffile.PHOTOMETRIC.MINISBLACK)
 
 
@@ -207,6 +209,8 @@ def _page(page: Any, number: int, num_bytes: int, *, level: int, of: int = 1) ->
         orientation=orientation if isinstance(orientation, int) else 1,
     )
     offsets, counts = (np.array(some, np.int64).reshape(-1) for some in (page.dataoffsets, page.databytecounts))
+    if page.compression in _FAX and page.bitspersample != 1:
+        raise InputError(f"{kind.bits} bits a voxel cannot be packed as a fax")
     if not offsets.size or not counts.all():
         raise InputError(f"{what} of {of} holds no data")
     _check_sizes(page, kind, offsets, counts)
@@ -229,10 +233,15 @@ def _page(page: Any, number: int, num_bytes: int, *, level: int, of: int = 1) ->
 
 
 def _check_once(page: Any) -> None:
-    """Refuse a directory that gives its size or type twice: readers would choose differently."""
-    for code in (256, 257, 258, 259, 262, 273, 277, 278, 279, 317, 322, 323, 324, 325, 339):
+    """Refuse a directory that gives its size or type twice, or not at all: readers would choose differently."""
+    for code in (256, 257, 262):
+        if code not in page.tags:
+            raise InputError(f"tag {code} is missing")
+    for code in (256, 257, 258, 259, 262, 266, 273, 274, 277, 278, 279, 284, 317, 322, 323, 324, 325, 339):
         if len(page.tags.getall(code) or ()) > 1:
             raise InputError(f"tag {code} is given twice")
+        if code in page.tags and int(page.tags[code].dtype) not in _WHOLE:
+            raise InputError(f"tag {code} is no whole number")
 
 
 def _check_sizes(page: Any, kind: Kind, offsets: NDArray[np.int64], counts: NDArray[np.int64]) -> None:
@@ -253,8 +262,9 @@ def _check_sizes(page: Any, kind: Kind, offsets: NDArray[np.int64], counts: NDAr
         number = per_plane * kind.depth
         full, last = rows * row_bytes, (kind.rows - (per_plane - 1) * rows) * row_bytes
     number *= kind.samples if kind.is_planar else 1
-    if not len(offsets) == len(counts) == number:
-        raise InputError(f"{number} strips or tiles are needed, {len(offsets)} offsets and {len(counts)} sizes given")
+    given = [page.tags[code].count for code in ((324, 325) if page.is_tiled else (273, 279)) if code in page.tags]
+    if not given == [number] * 2 == [len(offsets), len(counts)]:
+        raise InputError(f"{number} strips or tiles are needed, and offsets and sizes of {given} are given")
     if page.compression != 1:
         return
     needed = np.full(number, full, np.int64)
@@ -265,6 +275,22 @@ def _check_sizes(page: Any, kind: Kind, offsets: NDArray[np.int64], counts: NDAr
     if not allowed.all():
         worst = int(np.argmin(allowed))
         raise InputError(f"strip {worst} holds {counts[worst]} bytes, and its rows need {needed[worst]}")
+
+
+def check_lzw(page: Any) -> None:
+    """Refuse LZW data that begin with a reference to what is not there: imagecodecs decodes them to anything.
+
+    Raises:
+        InputError: the first code of a strip or tile, after a reset, is neither a byte nor the end.
+    """
+    file = page.parent.filehandle
+    for number, (offset, count) in enumerate(zip(page.dataoffsets, page.databytecounts, strict=True)):
+        file.seek(offset)
+        head = file.read(min(count, 3)).ljust(3, b"\0")
+        bits = int.from_bytes(head, "big")
+        first, second = bits >> 15, (bits >> 6) & 0x1FF
+        if (second if first == 256 else first) > 257:
+            raise InputError(f"strip {number} begins with an invalid code")
 
 
 def check_apart(path: Place, pages: Sequence[Page]) -> None:
