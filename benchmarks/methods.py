@@ -200,7 +200,7 @@ def main(config: MethodsConfig) -> None:
         raise UsageError(f"--only {' '.join(config.only)}: must be of {', '.join(arm.name for arm in arms(out))}")
     out.mkdir(parents=True, exist_ok=True)
     _prepare(config, weave)
-    classifier, admission = _classifier(weave, config.seed)
+    classifier, admission = _classifier(weave, config.seed, num_steps=20 if config.trial else 600)
     print(f"classifier on held-out slices: state {admission['state']:.3f}, axis {admission['axis']:.3f}")
 
     rows: list[Row] = []
@@ -269,6 +269,7 @@ def training(config: MethodsConfig, arm: Arm, leg: int) -> list[str]:
     steps = 2 * (leg + 1) if config.trial else arm.legs[leg] if arm.legs else None
     words += ["--max_train_steps", str(steps)] if steps else []
     words += ["--checkpointing_steps", str(steps)] if arm.legs else []
+    words += ["--max_train_samples", "32"] if config.trial and "{weave}/train" in arm.words else []
     return [*launch, *words, *(["--overwrite"] if leg == 0 else [])]
 
 
@@ -378,7 +379,7 @@ def _drift(config: MethodsConfig, arm: Arm, row: Row) -> Row:
     )
 
 
-def _classifier(weave: Path, seed: int) -> tuple[SliceClassifier, dict[str, float]]:
+def _classifier(weave: Path, seed: int, num_steps: int) -> tuple[SliceClassifier, dict[str, float]]:
     """Train the reader of state and axis once, and check it on held-out slices."""
     from eval.features import draw_cuts, read_tiles
     from eval.slice_classifier import read_slices, train_classifier
@@ -389,7 +390,7 @@ def _classifier(weave: Path, seed: int) -> tuple[SliceClassifier, dict[str, floa
     learning = read_tiles(draw_cuts(cuts.learning, 400, seed), 64)
     held_out = read_tiles(draw_cuts(cuts.held_out, 80, seed), 64)
     truth = _numbers([cut.label for cut in learning.cuts])
-    model = train_classifier(learning.pixels, truth["state"], truth["axis"], num_steps=600, seed=seed)
+    model = train_classifier(learning.pixels, truth["state"], truth["axis"], num_steps=num_steps, seed=seed)
     seen = read_slices(model, held_out.pixels)
     asked = _numbers([cut.label for cut in held_out.cuts])
     return model, {
