@@ -93,8 +93,7 @@ def rename(config: ExportConfig) -> None:
     from finetune.core.models import EMBEDDINGS_FILE, adapter_files
     from finetune.core.weights import write_tensors
 
-    (given,), target = config.adapter, config.output
-    assert target is not None  # __post_init__ has refused it
+    (given,), target = config.adapter, Path(str(config.output))
     if target.exists() and not config.overwrite:
         raise UsageError(f"--output {target}: is there already; name another file or pass --overwrite")
     check_writable(target, "--output")
@@ -190,9 +189,9 @@ def merge(config: ExportConfig) -> None:
     from finetune.core.models import as_pipeline, load_models, model_provenance
     from finetune.core.weights import PIPELINE_FILE, save_pipeline
 
-    assert config.output_dir is not None and config.pretrained_model_name_or_path is not None  # noqa: PT018  # refused before
-    with publish(config.output_dir, overwrite=config.overwrite, mark=PIPELINE_FILE) as folder:
-        models = load_models(config.pretrained_model_name_or_path)
+    target, base = Path(str(config.output_dir)), str(config.pretrained_model_name_or_path)
+    with publish(target, overwrite=config.overwrite, mark=PIPELINE_FILE) as folder:
+        models = load_models(base)
         tuned = put_on(models, config.adapter, config.adapter_scale)
         pipeline = as_pipeline(models)
         pipeline.fuse_lora()
@@ -208,10 +207,10 @@ def merge(config: ExportConfig) -> None:
             "scheduler": dict(models.scheduler.config),
         }
         save_pipeline(folder, models, provenance)
-    print(f"a pipeline in {config.output_dir}, {len(config.adapter)} adapter(s) merged")
+    print(f"a pipeline in {target}, {len(config.adapter)} adapter(s) merged")
     print(
-        f"next: python -m eval.drift --pretrained_model_name_or_path {config.output_dir} "
-        f"--base {config.pretrained_model_name_or_path} --output_dir out/drift"
+        f"next: python -m eval.drift --pretrained_model_name_or_path {target} --base {base} "
+        f"--output_dir {target.parent / 'drift'}"
     )
 
 

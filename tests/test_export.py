@@ -253,3 +253,23 @@ def test_a_file_that_is_there_stays(full: Path, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="is there already"):
         export("--adapter", full, "--to", "kohya", "--output", tmp_path / "kohya.safetensors")
     assert (tmp_path / "kohya.safetensors").read_bytes() == b"mine"
+
+
+@pytest.mark.parametrize("with_lora", [True, False], ids=["word and adapters", "word alone"])
+def test_a_word_goes_into_the_pipeline_with_the_adapters(
+    full: Path, toy_sd: Path, tmp_path: Path, with_lora: bool
+) -> None:
+    from test_generate import write_word
+
+    from finetune.core.models import encode_prompts
+
+    runs = [*([full] if with_lora else []), write_word(tmp_path / "word")]
+    words = [word for run in runs for word in ("--adapter", run)]
+    export(*words, "--to", "pipeline", "--pretrained_model_name_or_path", toy_sd, "--output_dir", tmp_path / "merged")
+    tuned, merged = load_models(str(toy_sd)), load_models(str(tmp_path / "merged"))
+    for run in runs:
+        load_adapter(tuned, run)
+    first, second = encode_prompts(merged, ["a <x> b"]), encode_prompts(tuned, ["a <x> b"])
+    # Without adapters nothing was added up.
+    torch.testing.assert_close(first, second, atol=1e-5 if with_lora else 0, rtol=1e-5 if with_lora else 0)
+    torch.testing.assert_close(predict(merged), predict(tuned), atol=1e-4, rtol=1e-4)
