@@ -91,7 +91,8 @@ class SliceConfig:
     processes: int = 1
     """Processes that read and cut; more help where decompression is slow. The pictures do not depend on it."""
     scheduler: str | None = None
-    """Address of a dask scheduler, such as tcp://host:8786, whose workers cut; they must see the same folders."""
+    """Address of a dask scheduler, such as tcp://host:8786, whose workers cut; they must see the same folders,
+    and each may use --memory_gb."""
     dry_run: bool = False
     """Print what would be done and stop."""
 

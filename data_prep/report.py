@@ -11,13 +11,14 @@ from __future__ import annotations
 import base64
 import io
 import itertools
+import warnings
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from configs.errors import UsageError
+from configs.errors import InputError, UsageError
 from configs.load import Positional, command
 from data_prep import manifest
 from data_prep.buckets import bucket_of, square_of
@@ -98,24 +99,31 @@ def render(dataset: Path, verdict: Verdict, *, resolution: int = 512, step: int 
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    names = [str(volume.get("name", "?")) for volume in volumes]
     options: Any = about.get("options")
     options = options if isinstance(options, dict) else {}
     letters = zip(_AXES, _STORED, strict=True)
-    stored = {axis: _STORED.index(str(options.get(f"{axis}_axis", letter))) for axis, letter in letters}
-    return environment.get_template(TEMPLATE).render(
-        title=f"Slices of {', '.join(names[:4])}{' and others' if len(names) > 4 else ''}" if names else "Pictures",
-        totals={split: len(some) for split, some in rows.items()},
-        verdict=verdict,
-        volumes=[_volume(volume, stored, rows) for volume in volumes],
-        cells=_cells(folders, rows),
-        captions=_captions(rows),
-        left_out=_left_out(volumes),
-        shapes=_shapes(rows, resolution, step),
-        resolution=resolution,
-        step=step,
-        options={str(name): _words(value) for name, value in options.items()},
-    )
+    try:
+        stored = {axis: _STORED.index(str(options.get(f"{axis}_axis", letter))) for axis, letter in letters}
+        names = [str(volume.get("name", "?")) for volume in volumes]
+        content = {
+            "title": f"Slices of {', '.join(names[:4])}{' and others' if len(names) > 4 else ''}"
+            if names
+            else "Pictures",
+            "totals": {split: len(some) for split, some in rows.items()},
+            "volumes": [_volume(volume, stored, rows) for volume in volumes],
+            "cells": _cells(folders, rows),
+            "captions": _captions(rows),
+            "left_out": _left_out(volumes),
+            "shapes": _shapes(rows, resolution, step),
+            "options": {str(name): _words(value) for name, value in options.items()},
+        }
+    # The files may be anybody's; what is in them has the types of JSON and no others for sure.
+    except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
+        said = f"{type(error).__name__}: {error}"
+        raise InputError(
+            f"{dataset}: its rows or its manifest are not as data_prep.slice writes them ({said})"
+        ) from error
+    return environment.get_template(TEMPLATE).render(content, verdict=verdict, resolution=resolution, step=step)
 
 
 def _volume(
@@ -248,7 +256,9 @@ def _cells(folders: Mapping[str, Path], rows: Mapping[str, Sequence[Mapping[str,
         pictures = []
         for split, some in splits.items():
             row = some[len(some) // 2]
-            source, width, height = _thumbnail(folders[split] / str(row["file_name"]))
+            if (shown := _thumbnail(folders[split], str(row.get("file_name")))) is None:
+                continue
+            source, width, height = shown
             size = f"{width} x {height} px"
             name = str(row["file_name"])
             pictures.append(
@@ -259,16 +269,23 @@ def _cells(folders: Mapping[str, Path], rows: Mapping[str, Sequence[Mapping[str,
     return cells
 
 
-def _thumbnail(path: Path) -> tuple[str, int, int]:
-    """Return a picture in small as a data URL, and the width and height it has itself."""
+def _thumbnail(folder: Path, name: str) -> tuple[str, int, int] | None:
+    """Return a picture in small as a data URL, and its own width and height; None if it cannot be shown."""
     from PIL import Image
 
-    with Image.open(path) as image:
-        small = image.convert("RGB" if image.mode == "RGB" else "L")
-        small.thumbnail((_THUMBNAIL, _THUMBNAIL), Image.Resampling.LANCZOS)
-        stream = io.BytesIO()
-        small.save(stream, "jpeg", quality=85)
-        return f"data:image/jpeg;base64,{base64.b64encode(stream.getvalue()).decode()}", image.width, image.height
+    if not manifest.is_inside(name):
+        return None
+    try:
+        with warnings.catch_warnings(), Image.open(folder / name) as image:
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            small = image.convert("RGB" if image.mode == "RGB" else "L")
+            small.thumbnail((_THUMBNAIL, _THUMBNAIL), Image.Resampling.LANCZOS)
+            stream = io.BytesIO()
+            small.save(stream, "jpeg", quality=85)
+            width, height = image.size
+    except (OSError, SyntaxError, Image.DecompressionBombError, Image.DecompressionBombWarning):
+        return None
+    return f"data:image/jpeg;base64,{base64.b64encode(stream.getvalue()).decode()}", width, height
 
 
 def _captions(rows: Mapping[str, Sequence[Mapping[str, Any]]]) -> dict[str, Any]:

@@ -17,6 +17,8 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from configs.errors import TisserandError, UsageError
 from configs.load import as_dict, command, save
 from data_prep import manifest
@@ -169,13 +171,21 @@ def _write_papers(
             "kind": "slices",
             "volumes": entries,
             "options": {name: value for name, value in as_dict(config).items() if name not in _LOCAL_OPTIONS},
-            "vocabulary": dataclasses.asdict(words),
+            "vocabulary": _plain(words),
             "counts": {split: {f"{s} {a}": n for (s, a), n in some.items()} for split, some in counts.items()},
         },
     )
     num_pictures = sum(map(len, rows.values()))
     manifest.write_card(folder, body=card(entries, rows), splits=rows, num_pictures=num_pictures)
     save(config, folder / "config.yaml")
+    if words != DEFAULT:
+        # For --vocabulary of the checks, which have to know the same words.
+        (folder / "vocabulary.yaml").write_text(yaml.safe_dump(_plain(words), sort_keys=False), encoding="utf-8")
+
+
+def _plain(words: Vocabulary) -> dict[str, Any]:
+    """Return a vocabulary as it stands in a file."""
+    return dataclasses.asdict(words) | {"states": {name: list(some) for name, some in words.states.items()}}
 
 
 def _check_disk(output_dir: Path, plans: Sequence[Plan]) -> None:

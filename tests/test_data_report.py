@@ -11,7 +11,7 @@ import pytest
 import tifffile
 from PIL import Image
 
-from configs.errors import UsageError
+from configs.errors import InputError, UsageError
 from configs.load import load
 from data_prep.buckets import bucket_of, bucket_shapes, square_of
 from data_prep.config import SliceConfig
@@ -104,6 +104,23 @@ def test_text_from_files_is_shown_as_text(tmp_path: Path) -> None:
     page = render(tmp_path, verify(tmp_path))
     assert "<script>" not in page
     assert page.count("&lt;script&gt;alert(1)") >= 6
+
+
+def test_no_picture_outside_the_folder_is_shown(tmp_path: Path) -> None:
+    (tmp_path / "data").mkdir()
+    Image.fromarray(np.zeros((9, 9), np.uint8)).save(tmp_path / "secret.png")
+    (tmp_path / "data" / "metadata.jsonl").write_text(json.dumps({"file_name": "../secret.png", "text": "x"}))
+    page = render(tmp_path / "data", verify(tmp_path / "data"))
+    assert "data:image" not in page
+    assert "is not a path inside the folder" in page
+
+
+def test_a_manifest_of_another_make_is_refused_in_one_line(tmp_path: Path) -> None:
+    Image.fromarray(np.zeros((9, 9), np.uint8)).save(tmp_path / "a.png")
+    (tmp_path / "metadata.jsonl").write_text(json.dumps({"file_name": "a.png", "text": "x"}))
+    (tmp_path / "manifest.json").write_text(json.dumps({"volumes": [{"window": {"low": "black"}}]}))
+    with pytest.raises(InputError, match=r"not as data_prep\.slice writes them"):
+        render(tmp_path, verify(tmp_path))
 
 
 def test_ordinary_pictures_have_a_page_without_volumes(tmp_path: Path) -> None:

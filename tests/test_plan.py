@@ -17,6 +17,8 @@ from data_prep.intensity import window_from
 from data_prep.manifest import SliceRow, read_manifest, read_rows
 from data_prep.slice import main
 from data_prep.verify import verify
+from prompts.captions import parse_caption
+from prompts.vocabulary import read_vocabulary
 
 SHAPE = (20, 60, 100)
 VOLUME = (gaussian_filter(np.random.default_rng(1).normal(0, 9000, SHAPE), 1) + 30000 + np.arange(100) * 20).astype(
@@ -241,13 +243,17 @@ def test_a_fit_that_cannot_be_is_refused(scan: Path, words: tuple[str, ...], mes
 
 
 def test_captions_carry_identifier_free_text_and_place(scan: Path) -> None:
-    words = "{identifier} X-ray slice, {axis}, {position} percent, {um_per_px} um"
+    words = "{identifier} X-ray slice, {state} {axis}, {position} percent, {um_per_px} um"
     rows = cut(scan, "--caption_template", words, "--identifier", "zwx", "--voxel_size_um", "5", "--stride", "5")
     texts = {(row.axis, row.index): row.text for row in rows["train"]}
-    assert texts["weft", 25] == "zwx X-ray slice, sf_weft, 26 percent, 5 um"
-    assert texts["thickness", 0] == "zwx X-ray slice, sf_thickness, 2 percent, 5 um"
+    assert texts["weft", 25] == "zwx X-ray slice, sf_dry sf_weft, 26 percent, 5 um"
+    assert texts["thickness", 0] == "zwx X-ray slice, sf_dry sf_thickness, 2 percent, 5 um"
     vocabulary = read_manifest(scan / "out")["vocabulary"]
     assert (vocabulary["identifier"], vocabulary["template"]) == ("zwx", words)  # type: ignore[index]  # JSON
+    known = read_vocabulary(scan / "out" / "vocabulary.yaml")
+    assert {parse_caption(row.text, known) for row in rows["train"]} == {
+        ("dry", axis) for axis in ("thickness", "warp", "weft")
+    }
 
 
 @pytest.mark.parametrize(
