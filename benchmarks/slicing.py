@@ -2,13 +2,15 @@
 
     python benchmarks/slicing.py --volumes dry=dry.tif dry_compacted=dc.tif injected=inj.tif
 
-Naive: one memory map per slice, grey levels, Pillow, RGB, one process; on evenly spaced slices of each volume and
-direction, scaled to all of them. The slicer starts with the files evicted from the page cache, the naive way with the
-files in it, because a cold start would be scaled with the sample. Without ``--volumes``, phantoms are made first.
+Naive: one memory map per slice, grey levels, Pillow with its own settings, in RGB as many scripts do and in grey, one
+process; on evenly spaced slices of each volume and direction, scaled to all of them. The slicer starts with the files
+evicted from the page cache, the naive way with the files in it, because a cold start would be scaled with the sample.
+Without ``--volumes``, phantoms are made first.
 """
 
 from __future__ import annotations
 
+import io
 import json
 import math
 import os
@@ -28,10 +30,11 @@ import tifffile
 from PIL import Image
 
 from configs.load import command
-from data_prep.intensity import Window, window_from
+from data_prep.intensity import window_from
 from data_prep.manifest import read_manifest, read_rows, sha256_of
 
 SHAPES = {"dry": (359, 702, 970), "dry_compacted": (197, 863, 773), "injected": (287, 701, 633)}
+MODES = ("RGB", "L")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,13 +82,15 @@ def main(config: SlicingConfig) -> None:
                 sha256_of(path)
             naive = measure(naive_command)
             seconds = json.loads(naive.pop("printed"))
-            naive |= {f"scaled_{name}": scaled(seconds[name], volumes, config.sample) for name in ("wall_s", "cpu_s")}
+            for mode, clocks in seconds.items():
+                naive[mode] = {f"scaled_{name}": scaled(clocks[name], volumes, config.sample) for name in clocks}
             del ours["printed"]
             rounds.append({"ours": ours, "naive": naive})
-            print(f"round {number + 1}: slicer {ours['wall_s']:.1f} s, naive {naive['scaled_wall_s']:.0f} s (scaled)")
+            shown = ", ".join(f"naive {mode} {naive[mode]['scaled_wall_s']:.0f} s (scaled)" for mode in MODES)
+            print(f"round {number + 1}: slicer {ours['wall_s']:.1f} s, {shown}")
         # Only now: the voxels this maps would count as memory of the commands started after it.
-        checked = check(work / "ours", volumes, config.checked)
-        result = summary(config, volumes, rounds, work / "ours", checked)
+        checked, size_ratio = check(work / "ours", volumes, config.checked)
+        result = summary(config, volumes, rounds, work / "ours", checked, size_ratio)
     config.output.parent.mkdir(parents=True, exist_ok=True)
     config.output.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
     print(json.dumps({name: result[name] for name in ("ours", "naive", "naive_over_ours")}, indent=2))
@@ -136,21 +141,23 @@ def directions(path: Path) -> Iterator[tuple[int, int]]:
         yield from enumerate(file.series[0].shape)
 
 
-def cut_naively(volumes: dict[str, Path], sample: int, folder: Path) -> dict[str, dict[str, float]]:
-    """Cut a sample of slices one by one and return the seconds spent per volume and direction, by either clock."""
-    wall, cpu = {}, {}
+def cut_naively(volumes: dict[str, Path], sample: int, folder: Path) -> dict[str, dict[str, dict[str, float]]]:
+    """Cut a sample of slices one by one; return seconds by mode, clock, volume and direction."""
+    spent: dict[str, dict[str, dict[str, float]]] = {mode: {"wall_s": {}, "cpu_s": {}} for mode in MODES}
     for state, path in volumes.items():
-        window = Window(low=0.0, high=65535.0)
+        with tifffile.TiffFile(path) as file:
+            low, high = np.percentile(file.series[0].asarray()[:: max(1, file.series[0].shape[0] // 16)], [0.1, 99.9])
         for axis, count in directions(path):
-            start, start_cpu = time.perf_counter(), time.process_time()
-            for index in sampled(count, sample):
-                volume = tifffile.memmap(path, mode="r")
-                chosen = (slice(None),) * axis + (index,)
-                grey = np.clip((volume[chosen].astype(np.float32) - window.low) * (255 / window.high), 0, 255)
-                Image.fromarray(grey.astype(np.uint8)).convert("RGB").save(folder / "naive.png")
-            wall[f"{state} {axis}"] = time.perf_counter() - start
-            cpu[f"{state} {axis}"] = time.process_time() - start_cpu
-    return {"wall_s": wall, "cpu_s": cpu}
+            for mode in MODES:
+                start, start_cpu = time.perf_counter(), time.process_time()
+                for index in sampled(count, sample):
+                    volume = tifffile.memmap(path, mode="r")
+                    chosen = (slice(None),) * axis + (index,)
+                    grey = np.clip((volume[chosen].astype(np.float32) - low) * (255 / (high - low)), 0, 255)
+                    Image.fromarray(grey.astype(np.uint8)).convert(mode).save(folder / "naive.png")
+                spent[mode]["wall_s"][f"{state} {axis}"] = time.perf_counter() - start
+                spent[mode]["cpu_s"][f"{state} {axis}"] = time.process_time() - start_cpu
+    return spent
 
 
 def sampled(count: int, sample: int) -> list[int]:
@@ -167,12 +174,18 @@ def scaled(seconds: dict[str, float], volumes: dict[str, Path], sample: int) -> 
     )
 
 
-def check(folder: Path, volumes: dict[str, Path], count: int) -> int:
-    """Compare pictures with the windowed voxels; return how many were equal, or stop at the first that is not."""
+def check(folder: Path, volumes: dict[str, Path], count: int) -> tuple[int, float]:
+    """Compare pictures with the windowed voxels, and their files with Pillow's.
+
+    Returns:
+        How many pictures were equal (it stops at the first that is not), and the bytes of their files over those that
+        Pillow writes at level 6.
+    """
     entries: list[Any] = read_manifest(folder)["volumes"]  # type: ignore[assignment]  # JSON
     windows = {entry["state"]: window_from(entry["window"]) for entry in entries}
     stored = {state: tifffile.memmap(path, mode="r") for state, path in volumes.items()}
     rows = read_rows(folder / "train")
+    ours, pillow = 0, 0
     for number in np.random.default_rng(0).choice(len(rows), min(count, len(rows)), replace=False):
         row = rows[int(number)]
         z0, z1, y0, y1, x0, x1 = row.box
@@ -180,11 +193,20 @@ def check(folder: Path, volumes: dict[str, Path], count: int) -> int:
         with Image.open(folder / "train" / row.file_name) as picture:
             if not np.array_equal(np.asarray(picture), windows[row.state].to_uint8(voxels)):
                 raise SystemExit(f"{row.file_name} differs from its voxels")
-    return min(count, len(rows))
+            stream = io.BytesIO()
+            picture.save(stream, "png", compress_level=6)
+        ours += (folder / "train" / row.file_name).stat().st_size
+        pillow += len(stream.getvalue())
+    return min(count, len(rows)), ours / pillow
 
 
 def summary(
-    config: SlicingConfig, volumes: dict[str, Path], rounds: list[dict[str, Any]], folder: Path, checked: int
+    config: SlicingConfig,
+    volumes: dict[str, Path],
+    rounds: list[dict[str, Any]],
+    folder: Path,
+    checked: int,
+    size_ratio: float,
 ) -> dict[str, Any]:
     """Return the figures with what they were measured on."""
     rows = read_rows(folder / "train")
@@ -208,18 +230,27 @@ def summary(
             "peak_rss_mb": max(one["ours"]["peak_rss_mb"] for one in rounds),
             "read_from_disk_mb": max(one["ours"]["read_from_disk_mb"] for one in rounds),
             "input_mb": in_bytes / 1e6,
+            "file_size_over_pillow_level_6": size_ratio,
             "output_mb": sum(path.stat().st_size for path in (folder / "train").iterdir()) / 1e6,
         },
         "naive": {
-            "what": "one memory map per slice, warm cache, Pillow RGB, one process, scaled from the sample",
+            "what": "one memory map per slice, warm cache, Pillow as it comes, one process, scaled from the sample",
             "sampled_slices_per_volume_and_direction": config.sample,
-            "wall_s": spread([one["naive"]["scaled_wall_s"] for one in rounds]),
-            "cpu_s": spread([one["naive"]["scaled_cpu_s"] for one in rounds]),
+            **{
+                mode: {
+                    "wall_s": spread([one["naive"][mode]["scaled_wall_s"] for one in rounds]),
+                    "cpu_s": spread([one["naive"][mode]["scaled_cpu_s"] for one in rounds]),
+                }
+                for mode in MODES
+            },
             "peak_rss_mb": max(one["naive"]["peak_rss_mb"] for one in rounds),
         },
         "naive_over_ours": {
-            "wall": spread([one["naive"]["scaled_wall_s"] / one["ours"]["wall_s"] for one in rounds]),
-            "cpu": spread([one["naive"]["scaled_cpu_s"] / one["ours"]["cpu_s"] for one in rounds]),
+            mode: {
+                "wall": spread([one["naive"][mode]["scaled_wall_s"] / one["ours"]["wall_s"] for one in rounds]),
+                "cpu": spread([one["naive"][mode]["scaled_cpu_s"] / one["ours"]["cpu_s"] for one in rounds]),
+            }
+            for mode in MODES
         },
         "rounds": rounds,
         "hardware": {
