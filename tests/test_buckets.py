@@ -243,6 +243,30 @@ def test_it_does_not_matter_how_an_update_is_cut(build: Build, options: dict[str
         assert {share.weight for share in shares} == {whole.update(number).weight}
 
 
+@pytest.mark.parametrize("seed", range(6))
+def test_every_position_is_taken_once_by_one_process_however_it_is_cut(build: Build, seed: int) -> None:
+    random = np.random.default_rng(seed)
+    size, steps, processes = (int(number) for number in random.integers(1, 5, 3))
+    train = {"train_batch_size": size, "gradient_accumulation_steps": steps}
+    balance = ("state",) if seed % 2 else ()
+    ranks = [build(balance=balance, process=rank, processes=processes, train=train) for rank in range(processes)]
+    taken: list[int] = []
+    for number in range(2 * ranks[0].steps_per_epoch):
+        shares = [rank.update(number) for rank in ranks]
+        assert len({len(share.batches) for share in shares}) == 1
+        batches = [batch for share in shares for batch in share.batches]
+        counting = [
+            position
+            for batch in batches
+            for position, weight in zip(batch.positions, batch.weights.tolist(), strict=True)
+            if weight
+        ]
+        assert {share.weight for share in shares} == {float(len(counting))}
+        assert max(len(batch.names) for batch in batches) <= size
+        taken += counting
+    assert sorted(taken) == list(range(20))
+
+
 @pytest.mark.parametrize("options", [{}, {"buckets": False}, {"random_flip": True}, {"random_crop": True}])
 @pytest.mark.parametrize("balance", [(), ("state",)])
 def test_an_image_comes_with_its_own_caption(
@@ -398,6 +422,23 @@ def test_cached_crops_are_as_many_as_asked_and_equal_encoding_them(
     assert len(seen) == 3
 
 
+def test_flips_have_latents_of_their_own(build: Build, models: Models, tmp_path: Path) -> None:
+    """The latents of a mirrored image are not the mirrored latents: each way is encoded by itself."""
+    rows, columns = np.mgrid[:32, :32]
+    Image.fromarray((rows * 3 + columns * 4).astype(np.uint8)).save(tmp_path / "a.png")
+    images = read_folder(tmp_path, "--train_data_dir", captions=("x",))
+    batches = build(images=images, random_flip=True)
+    (ways,) = batches.pictures
+    direct = [encode(models.vae, load_pixels([way], [CENTRE], PictureConfig())) for way in ways]
+    factor, seen = models.vae.config.scaling_factor, Counter()
+    for batch in batches_of(batches, 40):
+        noise = draw(0, batch.positions[0], shape=(4, 8, 8), num_timesteps=1000).latent_noise
+        errors = [float((batch.latents[0] / factor - one.mean[0] - one.std[0] * noise).abs().max()) for one in direct]
+        assert min(errors) < 1e-4 < max(errors)
+        seen[int(np.argmin(errors))] += 1
+    assert min(seen[0], seen[1]) > 10
+
+
 def test_uncached_crops_are_new_each_time(build: Build, tmp_path: Path) -> None:
     rows, columns = np.mgrid[:32, :64]
     Image.fromarray((rows * 3 + columns * 2).astype(np.uint8)).save(tmp_path / "a.png")
@@ -439,6 +480,14 @@ def test_balanced_groups_come_equally_often_and_their_images_too(build: Build) -
     first = [batches.shown_at(position).image.columns["state"] for position in range(42)]
     assert all(set(first[start : start + 2]) == {"dark", "light"} for start in range(0, 42, 2))
     assert len(set(first[::2])) == 2  # the order within a block changes
+
+
+def test_groups_reach_over_several_folders(build: Build, tmp_path: Path) -> None:
+    folders = tuple(write_levels(tmp_path / name, [(32, 32)]) for name in ("one", "two"))
+    images = read_images(ImageFolderConfig(train_data_dir=folders, balance=("state",)))
+    batches = build(images=images, balance=("state",))
+    shown = Counter(batches.shown_at(position).image.path for position in range(84))
+    assert shown == {image.path: 7 if image.columns["state"] == "dark" else 3 for image in images}
 
 
 def test_a_balanced_run_says_how_often_each_caption_is_shown(build: Build, models: Models, tmp_path: Path) -> None:

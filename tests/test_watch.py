@@ -125,10 +125,18 @@ def test_buckets_are_looked_at_in_their_own_shapes(train: Train, tmp_path: Path)
     assert all(np.isfinite(row["loss"]) for row in rows)
 
 
-def test_an_image_that_is_trained_on_is_not_held_out(train: Train, tmp_path: Path) -> None:
+def test_an_image_that_is_trained_on_is_not_held_out(
+    train: Train, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     shutil.copy(tmp_path / "data" / "train" / "3.png", tmp_path / "data" / "validation" / "2.png")
-    with pytest.raises(InputError, match=r"1 of its images are training images, too, such as .*validation/2.png"):
-        train("--heldout_steps", 3)
+    rows = rows_of(train("--heldout_steps", 6))
+    assert (rows[0]["set"], rows[0]["n"]) == ("validation", 4)
+    assert "note: 1 of 5 held-out images are training images; left out" in capsys.readouterr().out
+
+
+def test_a_folder_that_is_trained_on_is_refused(train: Train, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="all its 8 images are training images; name a folder of others"):
+        train("--heldout_steps", 3, "--validation_data_dir", tmp_path / "data" / "train")
 
 
 def test_without_a_folder_the_option_says_so(train: Train, tmp_path: Path) -> None:

@@ -249,7 +249,9 @@ def captioned_batches(
     check_captions(flat, models)
     captions = sorted({caption for picture in flat for caption in picture.captions})
     # An image that is there many times, for a word that is learned, is said once.
-    run.say(bucket_table(list({(picture.image.path, picture.turn): picture for picture in flat}.values())))
+    unique = {(picture.image.path, picture.turn): picture for picture in flat}
+    run.say(f"pictures from {len({path for path, _ in unique})} images, rows x columns:")
+    run.say(bucket_table(list(unique.values())))
     if balance:
         run.say(balance_table(images, groups))
     latents = None

@@ -236,7 +236,7 @@ def watch_losses(
 
     Raises:
         UsageError: there is no such folder, or the weights are spread over processes.
-        InputError: as ``images.read_folder``; or an image is held out and trained on.
+        InputError: as ``images.read_folder``; or all images of the folder are trained on.
     """
     run, models = opened.run, opened.models
     plain = dataclasses.replace(
@@ -256,12 +256,17 @@ def watch_losses(
             )
         heldout = read_folder(folder, flag, captions=captions, image_column=image_column, caption_column=caption_column)
         trained = {image.content: image for image in opened.images}
-        if both := [image for image in heldout if image.content in trained]:
+        # Blank slices are equal wherever they were cut; what is learned from cannot be held out.
+        apart = [image for image in heldout if image.content not in trained]
+        if not apart:
             raise InputError(
-                f"{flag} {folder}: {len(both)} of its images are training images, too, such as {both[0].path}; what "
-                "is learned from cannot be held out"
+                f"{flag} {folder}: all its {len(heldout)} images are training images; name a folder of others"
             )
-        for name, found in (("validation", heldout), ("train", list(trained.values()))):
+        if len(apart) < len(heldout):
+            run.say(
+                f"note: {len(heldout) - len(apart)} of {len(heldout)} held-out images are training images; left out"
+            )
+        for name, found in (("validation", apart), ("train", list(trained.values()))):
             chosen = spread_over_captions(found, config.heldout_images)
             sets[name] = [way for (way,) in make_pictures(chosen, models, plain)]
     flat = [picture for members in sets.values() for picture in members]
