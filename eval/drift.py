@@ -68,6 +68,8 @@ class DriftConfig:
     """Dataset folder with the training slices, to recognise them in pictures; the adapter's own if still there."""
     num_slices: int = 192
     """Training slices to learn their texture from."""
+    policy: str = "guard"
+    """What counts as drift: guard, strict (half the margins), report (judges nothing), or a YAML file with limits."""
     sampling: SamplingConfig = SamplingConfig(num_inference_steps=20, batch_size=32)
     output_dir: Path
     """Folder to write."""
@@ -108,9 +110,11 @@ class Evidence:
 def main(config: DriftConfig) -> None:
     """Make the pictures and predictions of both models, score them, and publish the folder when it is whole."""
     from data_prep.manifest import METADATA_NAME, check_free, publish, sha256_of
+    from eval.verdicts import read_policy
     from prompts.probes import probes_hash, read_probes
 
     check_free(config.output_dir, overwrite=config.overwrite, mark="results.jsonl")
+    policy = read_policy(config.policy)
     probes = [probe for probe in read_probes(config.probes) if config.full or probe.is_light]
     if not probes:
         raise UsageError(f"--probes {config.probes}: marks no probe as light; pass --full")
@@ -150,7 +154,7 @@ def main(config: DriftConfig) -> None:
         print(f"note: the adapter was trained on another base model ({other})", file=sys.stderr)
     evidence = gather(config, probes, base, tuned.models)
     detector, why_blind, controls = _learn_slices(config, base, evidence)
-    rows, per_picture = score_drift(probes, evidence, detector, why_blind)
+    rows, per_picture = score_drift(probes, evidence, detector, why_blind, policy)
     repeat = command_line("eval.drift", config)
     rows = [dataclasses.replace(row, hashes=hashes, command=repeat) for row in (*rows, *controls)]
 

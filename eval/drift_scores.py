@@ -18,7 +18,7 @@ from eval.divergence import divergence_parts
 from eval.intervals import hierarchical, interval_of, noise_band, ratio_of_means, resample, share_interval
 from eval.leak import LeakNet, is_leaked
 from eval.results import Result, Verdict
-from eval.verdicts import DIVERGENCE_RATIO_WARN, Limits, judge_prompt, judge_set, limits_of, worst
+from eval.verdicts import GUARD, Limits, Policy, judge_prompt, judge_set, worst
 from prompts.probes import Probe
 
 if TYPE_CHECKING:
@@ -52,7 +52,7 @@ class Score:
 
 
 def score_drift(
-    probes: Sequence[Probe], evidence: Evidence, detector: LeakNet | None, why_blind: str
+    probes: Sequence[Probe], evidence: Evidence, detector: LeakNet | None, why_blind: str, policy: Policy = GUARD
 ) -> tuple[list[Result], list[dict[str, float]]]:
     """Return the rows of ``results.jsonl`` and, for each tuned picture in order, its own numbers.
 
@@ -61,18 +61,19 @@ def score_drift(
         evidence: pictures and predictions of both models.
         detector: recognises training slices; None if there is none that can.
         why_blind: why there is none.
+        policy: what counts as drift.
     """
     colours = _colours(evidence)
     scores = [_colour_score(name, *values) for name, values in colours.items()]
     per_picture = {name: tuned for name, (tuned, _, _) in colours.items()}
     num_seeds = evidence.base.shape[1]
-    rows = _divergence_rows(probes, evidence)
+    rows = _divergence_rows(probes, evidence, policy)
     if detector is not None:
         leaks = (_patch_shares(detector, evidence.tuned), _patch_shares(detector, evidence.base))
         per_picture["leaked_patches"] = leaks[0]
         scores += [_leak_score(*leaks), _patch_leak_score(*leaks), _retention_score(leaks, colours["colourfulness"])]
     for score in scores:
-        rows += _rows(score, probes, num_seeds)
+        rows += _rows(score, probes, num_seeds, policy)
     if detector is None:
         rows += [
             Result(metric=metric, unit="share", reason=why_blind) for metric in ("leak", "patch_leak", "retention")
@@ -85,11 +86,11 @@ def score_drift(
     return [*rows, _overall(rows)], numbers
 
 
-def _rows(score: Score, probes: Sequence[Probe], num_seeds: int) -> list[Result]:
+def _rows(score: Score, probes: Sequence[Probe], num_seeds: int, policy: Policy) -> list[Result]:
     """Cut one score into rows: the prompts of a set, then the set, each followed by its A/A band."""
     rows = []
     for name, members in _sets(probes).items():
-        limits = limits_of(name)
+        limits = policy.of(name)
         verdicts: list[Verdict] = []
         for index in members:
             one = np.array([index])
@@ -163,7 +164,7 @@ def _overall(rows: Sequence[Result]) -> Result:
     )
 
 
-def _divergence_rows(probes: Sequence[Probe], evidence: Evidence) -> list[Result]:
+def _divergence_rows(probes: Sequence[Probe], evidence: Evidence, policy: Policy) -> list[Result]:
     """Return how far the predictions moved, absolutely and against how far they moved for the trained captions."""
     difference, scale = divergence_parts(evidence.tuned_predictions, evidence.base_predictions)  # (P, K)
     per_latent = evidence.base_predictions.shape[2]
@@ -182,7 +183,7 @@ def _divergence_rows(probes: Sequence[Probe], evidence: Evidence) -> list[Result
             if own is not None and not why:
                 resamples = resample(ratio_of_means, difference[index], scale[index]) / np.maximum(own, mean / 100)
                 interval = interval_of((row.value or 0.0) / mean, resamples)
-                ratio = _with(ratio, interval, row.n_eff or 0, UNCHANGED, *_judge_ratio(name, interval.value))
+                ratio = _with(ratio, interval, row.n_eff or 0, UNCHANGED, *_judge_ratio(name, interval.value, policy))
             rows += [row, ratio]
     return rows
 
@@ -206,12 +207,13 @@ def _divergence_row(name: str, prompt: str, difference: Floats, scale: Floats, p
     )
 
 
-def _judge_ratio(name: str, value: float) -> tuple[Verdict, str]:
+def _judge_ratio(name: str, value: float, policy: Policy) -> tuple[Verdict, str]:
     """Judge the divergence ratio: it only ever calls for a look at pictures."""
-    if limits_of(name) == Limits():
+    limit = policy.divergence_ratio
+    if limit is None or policy.of(name) == Limits():
         return "grey", "reported, not judged"
-    if value > DIVERGENCE_RATIO_WARN:
-        return "warn", f"moved by more than {DIVERGENCE_RATIO_WARN:g} of what the captions moved: look at the pictures"
+    if value > limit:
+        return "warn", f"moved by more than {limit:g} of what the captions moved: look at the pictures"
     return "ok", ""
 
 

@@ -64,6 +64,10 @@ class FidelityConfig:
     """Held-out real tiles per caption, at least; as many as generated ones if those are more."""
     classifier_steps: int = 600
     """Updates of the classifier."""
+    classify_slices: int = 0
+    """Held-out slices that the model itself reads, by its loss under each caption; 0: leave it out, 45: a minute."""
+    num_timesteps: int = 8
+    """Noise levels of that loss."""
     bootstrap_draws: int = 500
     """Resamples behind each interval."""
     seed: int = 0
@@ -79,6 +83,8 @@ class FidelityConfig:
             ("train_tiles", 8),
             ("held_out_tiles", 2),
             ("classifier_steps", 1),
+            ("classify_slices", 0),
+            ("num_timesteps", 1),
             ("bootstrap_draws", 100),
         ):
             if getattr(self, name) < least:
@@ -102,7 +108,8 @@ def main(config: FidelityConfig) -> None:
     """Draw tiles, train the classifier, measure, judge, and publish the folder when it is whole."""
     from data_prep.manifest import check_free, publish
     from eval.fidelity_descriptors import descriptor_rows
-    from eval.fidelity_rows import Naming, fidelity_rows
+    from eval.fidelity_rows import HEADS, Naming, fidelity_rows, why_not_believed
+    from eval.fidelity_swaps import swap_rows
     from eval.results import command_line, write_results
     from eval.slice_sets import read_generated, read_real
     from prompts.vocabulary import DEFAULT, read_vocabulary
@@ -132,6 +139,9 @@ def main(config: FidelityConfig) -> None:
     round_trips, no_vae, vae_hash = _round_trips(config, generated, [drawn.held_out.pixels, drawn.aside.pixels])
     sets = _read_sets(model, drawn, naming, real, round_trips, no_vae)
     rows = fidelity_rows(sets, naming, draws=config.bootstrap_draws, seed=config.seed)
+    accuracies = [row for row in rows if row.metric.startswith("accuracy_")]
+    rows += swap_rows(sets.generated, {head: why_not_believed(head, accuracies, sets, naming) for head in HEADS})
+    rows += _own_reading(config, real, generated, naming)
     compared = _describe_sets(drawn, naming, round_trips)
     draws, grey = config.bootstrap_draws, sets.leak_unchecked
     rows += descriptor_rows(compared, naming, grey, draws=draws, seed=config.seed)
@@ -342,6 +352,55 @@ def _by_picture(tiles: Seen, reading: Reading, owners: Sequence[int]) -> Seen:
     np.add.at(pooled[0], owner, reading.states)
     np.add.at(pooled[1], owner, reading.axes)
     return replace(tiles.take(first), seen={"state": pooled[0].argmax(axis=1), "axis": pooled[1].argmax(axis=1)})
+
+
+def _own_reading(config: FidelityConfig, real: RealSlices, generated: Generated, naming: Naming) -> list[Result]:
+    """Let the model that made the slices read held-out ones by its own loss, or say why not.
+
+    Raises:
+        UsageError, InputError: the model or an adapter of the records cannot be loaded.
+    """
+    import numpy as np
+
+    from eval.features import cover, draw_cuts, read_grey
+    from eval.own_classifier import caption_losses, own_classifier_rows
+    from eval.results import Result
+    from eval.sampling import load_tuned
+    from eval.slice_sets import split_cuts
+    from prompts.captions import caption
+
+    name = config.pretrained_model_name_or_path or generated.base_model
+    why = "left out; ask for it with --classify_slices 45" if not config.classify_slices else ""
+    why = (
+        why
+        or ("" if name else "the records name no model")
+        or ("" if real.validation else _leak_unchecked(real.folder))
+    )
+    if why:
+        return [
+            Result(metric=f"own_classifier_{head}", set="held_out", unit="share", reason=why)
+            for head in ("state", "axis")
+        ]
+    paths, scales = [path for path, _ in generated.adapters], [scale for _, scale in generated.adapters]
+    models = load_tuned(name, paths, scales or [1.0]).models
+    labels = sorted({(row.state, row.axis) for row in real.validation})
+    each = max(1, config.classify_slices // len(labels))
+    cuts = {cut.path: cut for cut in draw_cuts(split_cuts(real, "validation", real.shortest_side), each, config.seed)}
+    pictures = np.stack([cover(read_grey(path), (models.size_px, models.size_px)) for path in cuts])
+
+    def numbers(pairs: Iterable[tuple[str, str]]) -> dict[str, Ints]:
+        listed = list(pairs)
+        return {
+            "state": np.array([naming.states.index(state) for state, _ in listed], dtype=np.int64),
+            "axis": np.array([naming.axes.index(axis) for _, axis in listed], dtype=np.int64),
+        }
+
+    captions = [caption(*label, naming.vocabulary) for label in labels]
+    losses = caption_losses(models, pictures, captions, num_timesteps=config.num_timesteps, seed=config.seed)
+    blocks = np.unique([cut.block for cut in cuts.values()], return_inverse=True)[1].astype(np.int64)
+    truth = numbers(cut.label for cut in cuts.values())
+    draws = config.bootstrap_draws
+    return own_classifier_rows(losses, truth, numbers(labels), blocks, draws=draws, seed=config.seed)
 
 
 def _hashes(config: FidelityConfig, base_hash: str) -> dict[str, str]:

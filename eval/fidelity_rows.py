@@ -112,7 +112,7 @@ def table_of(seen: Seen, head: Head, naming: Naming) -> Floats:
 def fidelity_rows(sets: Sets, naming: Naming, *, draws: int, seed: int) -> list[Result]:
     """Return every number of the check, judged, in the order they are read."""
     accuracies = _accuracy_rows(sets, naming, draws, seed)
-    blocked = {head: _why_not_believed(head, accuracies, sets, naming) for head in HEADS}
+    blocked = {head: why_not_believed(head, accuracies, sets, naming) for head in HEADS}
     rows = [*accuracies]
     for head in HEADS:
         rows += _agreement_rows(head, sets, naming, accuracies, blocked[head], draws, seed)
@@ -160,7 +160,7 @@ def _judge_accuracy(name: str, head: Head, value: float, classes: int) -> tuple[
     return "ok", f"at least {ADMISSION:.2f} on {where}: the {head} head is believed"
 
 
-def _why_not_believed(head: Head, accuracies: Sequence[Result], sets: Sets, naming: Naming) -> str:
+def why_not_believed(head: Head, accuracies: Sequence[Result], sets: Sets, naming: Naming) -> str:
     """Return why the numbers of a head are grey, or an empty string."""
     if sets.leak_unchecked:
         return sets.leak_unchecked

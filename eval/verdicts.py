@@ -6,16 +6,19 @@ what the base model shows against itself with other seeds. With too few pictures
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
 
+import yaml
+
+from configs.errors import UsageError
 from eval.distances import Interval
 from eval.results import Verdict
 
 MIN_PICTURES = 4
 """Fewer pictures than this cannot be judged."""
-DIVERGENCE_RATIO_WARN = 0.10
-"""Share of the in-domain change that other prompts may undergo unnoticed."""
+POLICY_FILE = Path(__file__).with_name("drift_policy.yaml")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,28 +45,86 @@ class Limits:
     stop_share: float = 0.0
 
 
-FAR = Limits(
-    leak_warn=0.02,
-    leak_stop=0.5,
-    retention_warn=0.95,
-    retention_stop=0.85,
-    retention_stop_prompt=0.5,
-    colour_warn=0.90,
-    colour_stop=0.6,
-)
-LIMITS: dict[str, Limits] = {
-    "G0": FAR,
-    "G1": Limits(leak_warn=0.10, leak_stop=0.75, retention_warn=0.85, retention_stop=0.60, stop_share=0.5),
-    "G2": Limits(retention_warn=0.70),
-    "G3": FAR,
-    "G4": Limits(leak_warn=0.10, leak_stop=0.5),
-    "G5": Limits(),
-}
+@dataclass(frozen=True, kw_only=True)
+class Policy:
+    """What counts as drift.
+
+    Attributes:
+        sets: probe set -> its limits.
+        other: limits of a set of the user's own.
+        divergence_ratio: share of the in-domain change that other prompts may undergo unnoticed; None: not judged.
+    """
+
+    sets: Mapping[str, Limits]
+    other: Limits
+    divergence_ratio: float | None
+
+    def of(self, probe_set: str) -> Limits:
+        """Return the limits of a set; one of the user's own is judged like those far from the domain."""
+        return self.sets.get(probe_set, self.other)
 
 
-def limits_of(probe_set: str) -> Limits:
-    """Return the limits of a set; one of the user's own is judged like those far from the domain."""
-    return LIMITS.get(probe_set, FAR)
+def read_policy(name: str) -> Policy:
+    """Read a policy: ``guard``, ``strict`` (half the margins), ``report`` (judges nothing), or a YAML file.
+
+    Raises:
+        UsageError: no such policy or file, or the file is no policy, saying what is wrong in it.
+    """
+    path = POLICY_FILE if name in {"guard", "strict", "report"} else Path(name)
+    where = f"--policy {name}"
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError):
+        raise UsageError(f"{where}: neither guard, strict, report nor a readable file") from None
+    except yaml.YAMLError as error:
+        raise UsageError(f"{where}: not readable as YAML ({' '.join(str(error).split())})") from None
+    if not isinstance(content, dict) or content.get("version") != 1 or not isinstance(content.get("sets"), dict):
+        raise UsageError(f"{where}: expected 'version: 1' and 'sets:' with limits for each")
+    sets = {str(key): _limits(value, f"{where}: set {key}") for key, value in content["sets"].items()}
+    ratio = content.get("divergence_ratio")
+    if ratio is not None and not _is_share(ratio):
+        raise UsageError(f"{where}: divergence_ratio {ratio!r}: a number from 0 to 1")
+    policy = Policy(sets=sets, other=sets.pop("other", Limits()), divergence_ratio=ratio)
+    if name == "report":
+        return Policy(sets={key: Limits() for key in sets}, other=Limits(), divergence_ratio=None)
+    return _halved(policy) if name == "strict" else policy
+
+
+def _limits(content: object, where: str) -> Limits:
+    """Check the limits of one set."""
+    known = {entry.name for entry in fields(Limits)}
+    if not isinstance(content, dict) or not set(content) <= known:
+        raise UsageError(f"{where}: expected limits among {', '.join(sorted(known))}")
+    if bad := [key for key, value in content.items() if not _is_share(value)]:
+        raise UsageError(f"{where}: {bad[0]} {content[bad[0]]!r}: a number from 0 to 1")
+    return Limits(**content)
+
+
+def _is_share(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value <= 1
+
+
+def _halved(policy: Policy) -> Policy:
+    """Return the policy with half of each margin: twice as near to what the base itself shows."""
+
+    def strict(limits: Limits) -> Limits:
+        changed = {}
+        for entry in fields(Limits):
+            value = getattr(limits, entry.name)
+            if value is not None and entry.name != "stop_share":
+                changed[entry.name] = value / 2 if entry.name.startswith("leak") else 1 - (1 - value) / 2
+        return replace(limits, **changed)
+
+    ratio = policy.divergence_ratio
+    return Policy(
+        sets={name: strict(limits) for name, limits in policy.sets.items()},
+        other=strict(policy.other),
+        divergence_ratio=None if ratio is None else ratio / 2,
+    )
+
+
+GUARD = read_policy("guard")
+LIMITS, FAR = GUARD.sets, GUARD.other
 
 
 def judge_prompt(metric: str, score: Interval, band: Interval, limits: Limits, pictures: int) -> tuple[Verdict, str]:

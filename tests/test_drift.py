@@ -22,7 +22,7 @@ from eval.drift_scores import score_drift
 from eval.intervals import hierarchical, noise_band, ratio_of_means, share_interval
 from eval.leak import LeakNet, train_leak_net
 from eval.results import Result, read_results
-from eval.verdicts import FAR, LIMITS, judge_prompt, judge_set
+from eval.verdicts import FAR, GUARD, LIMITS, Limits, judge_prompt, judge_set, read_policy
 from finetune.core.models import load_models
 from prompts.probes import Probe
 
@@ -390,3 +390,36 @@ def test_a_pipeline_with_an_adapter_on_top_is_compared_with_what_it_came_from(
     rows = read_results(tmp_path / "out" / "results.jsonl")
     assert {"base", "tuned", "adapter 0"} <= rows[0].hashes.keys()
     assert all((row.value or 0.0) > 0 for row in of(rows, "divergence"))
+
+
+def test_a_strict_policy_halves_the_margins_and_report_judges_nothing() -> None:
+    strict, report = read_policy("strict"), read_policy("report")
+    assert strict.of("G0").retention_warn == pytest.approx(1 - (1 - 0.95) / 2)
+    assert strict.of("G0").leak_stop == pytest.approx(0.25)
+    assert strict.of("G1").stop_share == GUARD.of("G1").stop_share
+    assert {report.of(name) for name in ("G0", "G3", "mine")} == {Limits()}
+
+
+def test_a_set_of_ones_own_is_judged_like_those_far_away() -> None:
+    assert GUARD.of("mine") == GUARD.of("G3")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("[", "not readable as YAML"),
+        ("sets: {}", "expected 'version: 1'"),
+        ("version: 1\nsets: {G0: {leek_warn: 0.1}}", "set G0: expected limits among colour_stop"),
+        ("version: 1\nsets: {G0: {leak_warn: 2}}", "set G0: leak_warn 2: a number from 0 to 1"),
+        ("version: 1\ndivergence_ratio: yes\nsets: {}", "divergence_ratio True: a number from 0 to 1"),
+    ],
+)
+def test_a_broken_policy_is_one_clear_line(text: str, message: str, tmp_path: Path) -> None:
+    (tmp_path / "mine.yaml").write_text(text)
+    with pytest.raises(UsageError, match=message):
+        read_policy(str(tmp_path / "mine.yaml"))
+
+
+def test_an_unknown_policy_names_the_known_ones() -> None:
+    with pytest.raises(UsageError, match="--policy gaurd: neither guard, strict, report nor a readable file"):
+        read_policy("gaurd")
