@@ -69,10 +69,10 @@ class Watch:
         for name, pictures in self.sets.items():
             losses = self.losses(pictures)
             first = losses if step == 0 else _first_losses(run.folder / HELDOUT, name, losses.shape)
-            said = summary(losses, [one.image.caption for one in pictures], self.bands, first)
-            rows += [{"step": step, "set": name, **row} for row in said]
+            found = summary(losses, [one.image.caption for one in pictures], self.bands, first)
             if step == 0:
-                rows[-len(said)]["losses"] = losses.tolist()
+                found[0]["losses"] = losses.tolist()
+            rows += [{"step": step, "set": name, **row} for row in found]
         if not run.is_main:
             return
         with (run.folder / HELDOUT).open("a", encoding="utf-8") as stream:
