@@ -1,37 +1,29 @@
-"""Start a run: processes and precision, the folder and its lock, what was asked for, and on which machine."""
+"""Start a run: the folder and its lock, what was asked for, and which checkpoint it goes on from."""
 
 from __future__ import annotations
 
 import dataclasses
 import fcntl
 import hashlib
-import importlib.metadata
-import importlib.util
 import json
 import os
-import platform
 import secrets
 import shutil
-import subprocess
-import sys
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 from dataclasses import dataclass, field
-from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
-import psutil
 import torch
 import yaml
 from accelerate import Accelerator
-from accelerate.utils import LoggerType, ProjectConfiguration
 
 import configs.load
 from configs.errors import TisserandError, UsageError
 from finetune.core import checkpoints
 from finetune.core.config import CHANGEABLE, TrainConfig
+from finetune.core.launch import check_launch, environment, make_accelerator, set_threads
 from finetune.core.memory import advice, is_out_of_memory
-from finetune.core.optimizer import check_optimizer
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -47,7 +39,7 @@ CARD, CONFIG, ENVIRONMENT, METRICS, HELDOUT, PROVENANCE, LOCK = (
     "provenance.json",
     "run.lock",
 )
-_LIBRARIES = ("torch", "diffusers", "transformers", "peft", "accelerate", "safetensors", "numpy", "pillow")
+DRIFT, SELECTION = "drift.jsonl", "selection.json"
 # They say where things are put or shown, and leave what is learned alone.
 _WITHOUT_EFFECT = CHANGEABLE - {"max_train_steps", "num_train_epochs"}
 
@@ -152,13 +144,11 @@ def start_run(
             on; what differs is named.
     """
     folder = train.output_dir
-    _check_tracker(train.report_to)
-    check_optimizer(train)
-    _check_attention(train)
+    check_launch(train)
     if train.dry_run and train.overwrite:
         raise UsageError("--dry_run: changes nothing; leave out --overwrite, which clears the folder")
-    accelerator = _make_accelerator(train, folder)
-    threads = _set_threads(accelerator)
+    accelerator = make_accelerator(train, folder)
+    threads = set_threads(accelerator)
     if train.local_rank not in (None, -1, accelerator.local_process_index):
         place = accelerator.local_process_index
         print(f"note: --local_rank {train.local_rank}: this process is {place} on its machine, as the launcher says")
@@ -177,10 +167,10 @@ def start_run(
         # a secret.
         once = {"seed": seed, "overwrite": False, "resume_from_checkpoint": None, "dry_run": False, "hub_token": None}
         settings = {**yaml.safe_load(yaml.safe_dump(configs.load.as_dict(config))), **once}
-        environment = _environment(accelerator, threads) | {"data_hash": data_hash, "base_hash": base_hash}
+        now = environment(accelerator, threads) | {"data_hash": data_hash, "base_hash": base_hash}
         if saved and (checkpoint or (folder / PROVENANCE).is_file()):
             _refuse_changes(before, settings, saved)
-            _refuse_other_inputs(before, settings, environment, machine)
+            _refuse_other_inputs(before, settings, now, machine)
         total = train.total_steps(num_images, accelerator.num_processes)
         steps = _read_json(folder / PROVENANCE).get("steps")
         if (folder / weights_file).is_file() and steps == total:
@@ -219,9 +209,10 @@ def start_run(
             (folder / CONFIG).write_text(
                 yaml.safe_dump(settings, sort_keys=False, allow_unicode=True), encoding="utf-8"
             )
-            (folder / ENVIRONMENT).write_text(json.dumps(environment, indent=2) + "\n", encoding="utf-8")
+            (folder / ENVIRONMENT).write_text(json.dumps(now, indent=2) + "\n", encoding="utf-8")
             _cut_metrics(folder / METRICS, done)
-            _cut_metrics(folder / HELDOUT, done if checkpoint else -1)  # its first rows are those of step 0
+            for first_rows_of_step_0 in (HELDOUT, DRIFT):
+                _cut_metrics(folder / first_rows_of_step_0, done if checkpoint else -1)
             (folder / PROVENANCE).unlink(missing_ok=True)
             for path in own:
                 if checkpoints.step_of(path) > done:
@@ -232,98 +223,12 @@ def start_run(
         return run
 
 
-def _check_tracker(name: str) -> None:
-    """Refuse a tracker that does not exist or is not installed, before anything is loaded."""
-    known = [str(kind) for kind in LoggerType if kind != "all"]
-    if name not in {*known, "all", "none"}:
-        raise UsageError(f"--report_to {name}: must be one of {', '.join([*known, 'all', 'none'])}")
-    if name in known and importlib.util.find_spec(name) is None:
-        raise UsageError(f"--report_to {name}: the package is not installed; install it, or use --report_to none")
-
-
-def _check_attention(train: TrainConfig) -> None:
-    """Refuse xformers where it cannot run, before anything is loaded."""
-    flag = "--enable_xformers_memory_efficient_attention"
-    if train.enable_xformers_memory_efficient_attention:
-        if not torch.cuda.is_available():
-            raise UsageError(f"{flag}: needs a GPU; leave it out, PyTorch's own attention is as frugal")
-        if importlib.util.find_spec("xformers") is None:
-            raise UsageError(f"{flag}: xformers is not installed; install it, or leave the option out")
-
-
-def _make_accelerator(train: TrainConfig, folder: Path) -> Accelerator:
-    """Return the accelerator in the precision asked for, by the flag or by the launcher."""
-    precision = train.mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
-    if precision not in ("no", "fp16", "bf16"):
-        raise UsageError(f"--mixed_precision {precision}: must be one of no, fp16, bf16 (the launcher asks for it)")
-    if precision == "fp16" and not torch.cuda.is_available():
-        raise UsageError("--mixed_precision fp16: needs a GPU; use bf16 or no")
-    for flag, name in (("ACCELERATE_USE_FSDP", "FSDP"), ("ACCELERATE_USE_DEEPSPEED", "DeepSpeed")):
-        if os.environ.get(flag, "false").lower() in ("true", "1"):
-            raise UsageError(
-                f"accelerate launch with {name}: splits weights and optimizer over the processes; checkpoints and "
-                "saved files do not gather them in this version; use configs/accelerate/multi_gpu.yaml"
-            )
-    started = int(os.environ.get("WORLD_SIZE", 0)) or _asked_of_launcher()
-    accelerator = Accelerator(
-        # Without a GPU accelerate connects the processes of torchrun only if told; each would train alone, as rank 0.
-        cpu=started > 1 and not torch.accelerator.is_available(),
-        mixed_precision=precision,
-        log_with=None if train.report_to == "none" else train.report_to,
-        project_config=ProjectConfiguration(project_dir=str(folder), logging_dir=str(folder / train.logging_dir)),
-    )
-    if accelerator.num_processes != started:
-        raise UsageError(
-            f"--num_processes {started}: {accelerator.num_processes} would train; on CPUs start them with "
-            f"torchrun --nproc_per_node {started}"
-        )
-    return accelerator
-
-
-def _set_threads(accelerator: Accelerator) -> int:
-    """Give each process its share of the cores, unless the user set OMP_NUM_THREADS; return the number in force.
-
-    `accelerate launch` and `torchrun` set that variable to 1 for their children by themselves. Whether the user meant
-    it shows in the environment and the command line of the launcher, which is our parent.
-    """
-    if accelerator.device.type != "cpu":
-        return torch.get_num_threads()
-    asked = os.environ.get("OMP_NUM_THREADS")
-    if asked is None or (asked == "1" and _launcher_chose_threads()):
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        local = int(os.environ.get("LOCAL_WORLD_SIZE", accelerator.num_processes))
-        torch.set_num_threads(max(1, cores // local))
-    return torch.get_num_threads()
-
-
-def _asked_of_launcher() -> int:
-    """Return the processes that `accelerate launch` was told to start: on a CPU it silently starts one."""
-    words: list[str] = []
-    if "ACCELERATE_MIXED_PRECISION" in os.environ:
-        with suppress(psutil.Error):
-            words = psutil.Process(os.getppid()).cmdline()
-    pairs = [word.partition("=")[::2] for word in words] + list(pairwise(words))
-    counts = [value for name, value in pairs if name in ("--num_processes", "--num-processes") and value.isdigit()]
-    return int(counts[-1]) if counts else 1
-
-
-def _launcher_chose_threads() -> bool:
-    """Tell whether a launcher, not the user, set OMP_NUM_THREADS."""
-    if not {"ACCELERATE_MIXED_PRECISION", "TORCHELASTIC_RUN_ID"} & os.environ.keys():
-        return False
-    try:
-        parent = psutil.Process(os.getppid())
-        said = any("num_cpu_threads_per_process" in word for word in parent.cmdline())
-        return not said and "OMP_NUM_THREADS" not in parent.environ()
-    except psutil.Error:
-        return True
-
-
 def _prepare_folder(folder: Path, train: TrainConfig, weights: set[str]) -> TextIO:
     """Make the folder, lock it for this process, and clear an earlier run if asked to."""
     if folder.exists() and not folder.is_dir():
         raise UsageError(f"--output_dir {folder}: is a file; name a folder")
     ours = {CONFIG, ENVIRONMENT, METRICS, HELDOUT, PROVENANCE, *weights, "previews", train.logging_dir}
+    ours |= {DRIFT, SELECTION, "drift"}
     if folder.is_dir():
         # Weights beside no config.yaml are somebody's model, not a run of ours.
         strange = {path.name for path in folder.iterdir()} - (ours - weights) - {LOCK, "cache"}
@@ -414,49 +319,6 @@ def _hash_settings(settings: dict[str, Any]) -> str:
     """Return a SHA-256 over the settings that can change what is learned."""
     kept = {name: value for name, value in settings.items() if name not in _WITHOUT_EFFECT}
     return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()
-
-
-def _environment(accelerator: Accelerator, threads: int) -> dict[str, Any]:
-    """Return what the result may depend on beside the settings."""
-    device = accelerator.device
-    return {
-        "command": _without_token(sys.argv),
-        "python": platform.python_version(),
-        "platform": platform.platform(),
-        "libraries": {name: importlib.metadata.version(name) for name in _LIBRARIES},
-        "device": torch.cuda.get_device_name(device)
-        if device.type == "cuda"
-        else f"{device.type} {platform.machine()}",
-        "processes": accelerator.num_processes,
-        "threads": threads,
-        "mixed_precision": accelerator.mixed_precision,
-        "git_revision": _git_revision(),
-    }
-
-
-def _without_token(words: list[str]) -> list[str]:
-    """Return a command line without the value of ``--hub_token``, which must not end up in a file."""
-    before = ["", *words]
-    hidden = ["***" if previous == "--hub_token" else word for previous, word in zip(before, words, strict=False)]
-    return ["--hub_token=***" if word.startswith("--hub_token=") else word for word in hidden]
-
-
-def _git_revision() -> str | None:
-    """Return the revision of this code, with a plus sign if files differ from it; None outside git."""
-    command = [
-        "git",
-        "-C",
-        str(Path(__file__).parent),
-        "describe",
-        "--always",
-        "--abbrev=40",
-        "--dirty=+",
-        "--exclude=*",
-    ]
-    try:
-        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
-    except (OSError, subprocess.SubprocessError):
-        return None
 
 
 def _cut_metrics(path: Path, step: int) -> None:
