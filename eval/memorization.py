@@ -278,7 +278,10 @@ def _search(config: MemorizationConfig, drawn: Drawn, models: Models | None, voc
     reference = drawn.reference
     labels = sorted({cut.label for cut in reference.cuts})
     notes = [] if models else ["no VAE: real tiles and planted copies are compared as scanned"]
-    through = (lambda pixels: vae_round_trip(models.vae, pixels)) if models else (lambda pixels: pixels)
+
+    def through(pixels: Grey) -> Grey:
+        return vae_round_trip(models.vae, pixels) if models is not None else pixels
+
     cells, blocks = {}, {}
     for name, tiles in (("reference", reference), ("held_out", drawn.held_out), ("generated", drawn.generated)):
         cells[name] = np.array([labels.index(cut.label) for cut in tiles.cuts], dtype=np.int64)
@@ -286,9 +289,7 @@ def _search(config: MemorizationConfig, drawn: Drawn, models: Models | None, voc
     # A generated tile has been through the VAE: held-out ones must lose the same grain before they are compared.
     real = through(drawn.held_out.pixels) if len(drawn.held_out) else drawn.held_out.pixels
     random = np.random.default_rng(config.seed)
-    chosen = random.permutation(len(reference))[:PLANTED] if len(reference) >= PLANTED else random.integers(
-        len(reference), size=PLANTED
-    )  # fmt: skip
+    chosen = random.choice(len(reference), PLANTED, replace=len(reference) < PLANTED)
     copies = through(planted(reference.pixels[chosen], SHIFT_PX)) + random.normal(
         0, PLANTED_NOISE, (PLANTED, *reference.pixels.shape[1:])
     )
@@ -299,7 +300,9 @@ def _search(config: MemorizationConfig, drawn: Drawn, models: Models | None, voc
         net = train_copy_net(reference.pixels, num_steps=config.copy_net_steps, shift_px=SHIFT_PX, seed=config.seed)
         finders["copy_net"] = lambda queries, references: net_matches(net, queries, references)
     detectors = []
-    for name, find in finders.items() if len(real) else ():
+    for name, find in finders.items():
+        if not len(real):
+            break
         sides = {
             "generated": (drawn.generated.pixels, cells["generated"], blocks["generated"]),
             "held_out": (real, cells["held_out"], blocks["held_out"]),
