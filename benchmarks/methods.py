@@ -225,14 +225,14 @@ def main(config: MethodsConfig) -> None:
     result = {
         "rows": [asdict(row) for row in rows],
         "classifier_on_held_out": admission,
-        "findings": _findings(rows),
+        "findings": findings(rows),
         "elapsed_s": round(time.monotonic() - began, 1),
         "threads": os.environ.get("OMP_NUM_THREADS") or len(os.sched_getaffinity(0)),
     }
     config.output.parent.mkdir(parents=True, exist_ok=True)
     config.output.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
     _sheet(pictures).save(config.output.with_suffix(".png"))
-    print("\n".join(["", *_table(rows), "", *_findings(rows)]))
+    print("\n".join(["", *table(rows), "", *findings(rows)]))
     print(f"\n{result['elapsed_s'] / 60:.0f} min; look at {config.output.with_suffix('.png')}")
 
 
@@ -437,7 +437,7 @@ def _total(row: Row) -> float:
     return (row.state + row.axis) / 2
 
 
-def _findings(rows: Sequence[Row]) -> list[str]:
+def findings(rows: Sequence[Row]) -> list[str]:
     """Say what was found of the three things that the study reports."""
     by_name: dict[str, list[Row]] = {}
     for row in rows:
@@ -464,7 +464,7 @@ def _findings(rows: Sequence[Row]) -> list[str]:
     return found
 
 
-def _table(rows: Sequence[Row]) -> list[str]:
+def table(rows: Sequence[Row]) -> list[str]:
     """Write the table of the README."""
 
     def cell(value: float | None, form: str) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import json
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -60,3 +61,12 @@ def test_every_command_is_read_by_its_program(methods: ModuleType, name: str) ->
     assert load(GenerateConfig, words_after(generated, "eval.")).num_images == 8
     drift = load(DriftConfig, words_after(methods.drift(config, arm, Path("out") / name), "eval."))
     assert (drift.base is None) != arm.saves_pipeline
+
+
+def test_readme_shows_the_recorded_figures(methods: ModuleType) -> None:
+    path = ROOT / "benchmarks" / "results" / "methods.json"
+    if not path.is_file():
+        pytest.skip("make methods has not been run")
+    rows = [methods.Row(**row) for row in json.loads(path.read_text(encoding="utf-8"))["rows"]]
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert [line for line in methods.table(rows) if line not in readme] == []
