@@ -94,7 +94,11 @@ class Quiet(SimpleHTTPRequestHandler):
         pass
 
     def do_GET(self) -> None:
-        data = Path(self.translate_path(self.path)).read_bytes()
+        file = Path(self.translate_path(self.path))
+        if not file.is_file():
+            self.send_error(404)
+            return
+        data = file.read_bytes()
         first, end = 0, len(data)
         if span := self.headers.get("Range"):
             low, high = span.removeprefix("bytes=").split("-")
