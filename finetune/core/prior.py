@@ -73,37 +73,34 @@ class WithPrior:
         # The loop divides by the weight of the images alone: prior rows then come to loss_weight in all.
         share = self.loss_weight * own.weight / prior.weight
         weighted = [dataclasses.replace(batch, weights=batch.weights * share) for batch in prior.batches]
-        batches = [
-            batch
-            for first, second in zip_longest(own.batches, weighted)
-            for batch in (_joined(first, second, self.schedule) if first and second else [first or second])
-        ]
+        batches: list[Batch] = []
+        for pair in zip_longest(own.batches, weighted):
+            batches += _joined([batch for batch in pair if batch is not None], self.schedule)
         return Update(batches=batches, weight=own.weight, num_images=own.num_images)
 
 
-def _joined(first: Batch, second: Batch, schedule: NoiseSchedule) -> list[Batch]:
-    """Make two batches one, if their latents and prompts have one shape."""
-    if first.latents.shape[1:] != second.latents.shape[1:] or first.prompts.shape[1:] != second.prompts.shape[1:]:
-        return [first, second]
-    both = (first, second)
+def _joined(batches: list[Batch], schedule: NoiseSchedule) -> list[Batch]:
+    """Make batches one, if their latents and prompts have one shape."""
+    if len({(batch.latents.shape[1:], batch.prompts.shape[1:]) for batch in batches}) > 1 or len(batches) == 1:
+        return batches
     targets = None
-    if first.targets is not None or second.targets is not None:
+    if any(batch.targets is not None for batch in batches):
         targets = torch.cat(
             [
                 target(schedule, one.latents, one.noise, one.timesteps) if one.targets is None else one.targets
-                for one in both
+                for one in batches
             ]
         )
     return [
         Batch(
-            latents=torch.cat([one.latents for one in both]),
-            noise=torch.cat([one.noise for one in both]),
-            input_noise=torch.cat([one.input_noise for one in both]),
-            timesteps=torch.cat([one.timesteps for one in both]),
-            prompts=torch.cat([one.prompts for one in both]),
-            weights=torch.cat([one.weights for one in both]),
-            names=first.names + second.names,
-            positions=first.positions + second.positions,
+            latents=torch.cat([one.latents for one in batches]),
+            noise=torch.cat([one.noise for one in batches]),
+            input_noise=torch.cat([one.input_noise for one in batches]),
+            timesteps=torch.cat([one.timesteps for one in batches]),
+            prompts=torch.cat([one.prompts for one in batches]),
+            weights=torch.cat([one.weights for one in batches]),
+            names=tuple(name for one in batches for name in one.names),
+            positions=tuple(place for one in batches for place in one.positions),
             targets=targets,
         )
     ]
