@@ -112,7 +112,7 @@ def best_matches(
             second, offsets = fine.best(turns[[symmetry]], np.array([place]))
             value = float(first[symmetry, place] + second[0, 0]) / 2
             if first[symmetry, place] > -1.0 and value > best[0]:
-                best = (value, int(place), int(symmetry), *map(int, offsets[0, 0]))
+                best = (value, int(place), int(symmetry), int(offsets[0, 0, 0]), int(offsets[0, 0, 1]))
         found.append(best)
     values = np.array(found).reshape(len(found), 5)
     whole = values[:, 1:].astype(np.int64)

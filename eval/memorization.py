@@ -282,7 +282,8 @@ def _search(config: MemorizationConfig, drawn: Drawn, models: Models | None, voc
     def through(pixels: Grey) -> Grey:
         return vae_round_trip(models.vae, pixels) if models is not None else pixels
 
-    cells, blocks = {}, {}
+    cells: dict[str, Ints] = {}
+    blocks: dict[str, Ints] = {}
     for name, tiles in (("reference", reference), ("held_out", drawn.held_out), ("generated", drawn.generated)):
         cells[name] = np.array([labels.index(cut.label) for cut in tiles.cuts], dtype=np.int64)
         blocks[name] = np.unique([cut.block for cut in tiles.cuts], return_inverse=True)[1].astype(np.int64)
@@ -303,10 +304,10 @@ def _search(config: MemorizationConfig, drawn: Drawn, models: Models | None, voc
     for name, find in finders.items():
         if not len(real):
             break
-        sides = {
+        sides: dict[str, TileSet] = {
             "generated": (drawn.generated.pixels, cells["generated"], blocks["generated"]),
             "held_out": (real, cells["held_out"], blocks["held_out"]),
-            "planted": (copies, cells["reference"][chosen], np.arange(PLANTED)),
+            "planted": (copies, cells["reference"][chosen], np.arange(PLANTED, dtype=np.int64)),
         }
         found = {
             key: _within_captions(find, *side, reference.pixels, cells["reference"], f"{name}, {key}")
