@@ -43,3 +43,41 @@ def test_three_full_size_volumes_give_5485_slices_within_a_gigabyte(tmp_path: Pa
         voxels = np.take(stacks[row.state], row.index, axis=AXES[row.axis])
         written = np.asarray(Image.open(tmp_path / "out" / "train" / row.file_name))
         assert np.array_equal(written, windows[row.state].to_uint8(voxels)), json.dumps(row.file_name)
+
+
+@pytest.mark.slow
+def test_a_volume_of_twenty_gigabytes_is_sliced_within_one(tmp_path: Path) -> None:
+    shape = (1200, 2900, 2900)
+    path = tmp_path / "dry.tif"
+    tifffile.imwrite(path, shape=shape, dtype=np.uint16, bigtiff=True, photometric="minisblack")
+    size = path.stat().st_size
+    assert size > 20e9
+    assert path.stat().st_blocks * 512 < 1e9  # holes cost no disk
+    # Something to see: a slab of voxels in some of the planes.
+    random = np.random.default_rng(0)
+    volume = tifffile.memmap(path, mode="r+")
+    for z in range(0, 1200, 40):
+        volume[z, 1400:1500] = random.integers(1, 60000, (100, 2900), dtype=np.uint16)
+    volume.flush()
+    del volume
+    command = ["data_prep.slice", "--volumes", f"dry={path}", "--split", "none", "--max_per_axis", "3"]
+    command += ["--window", "range", "--window_range", "0", "60000", "--memory_gb", "1"]
+    inside = "import resource,runpy,sys;sys.argv=sys.argv[1:];m=sys.argv[0];"
+    inside += "\ntry: runpy.run_module(m,run_name='__main__')\nfinally: "
+    inside += "print('rchar',open('/proc/self/io').read().split()[1],"
+    inside += "'peak_kib',resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"
+    words = [sys.executable, "-c", inside, *command, "--output_dir", str(tmp_path / "out")]
+    output = subprocess.run(words, check=True, capture_output=True, text=True).stdout
+    read, peak_kib = (int(word) for word in output.split("rchar ")[1].split(" peak_kib "))
+    print(f"{size / 1e9:.1f} GB: {read / size:.2f} times its size read, {peak_kib / 1024:.0f} MiB at the most")
+    assert peak_kib < 1 << 20
+    # Once for the slices, once for the hash, and the planes that the statistics look at.
+    assert "passes 1;" in output
+    assert read < (1.1 + 1.0 + 64 / shape[0]) * size
+    rows = read_rows(tmp_path / "out" / "train")
+    assert [sum(row.axis == axis for row in rows) for axis in AXES] == [3, 3, 3]
+    stored = tifffile.memmap(path, mode="r")
+    for row in rows:
+        voxels = np.take(stored, row.index, axis=AXES[row.axis])
+        with Image.open(tmp_path / "out" / "train" / row.file_name) as picture:
+            assert np.array_equal(np.asarray(picture), np.rint(voxels * (255 / 60000)).astype(np.uint8))

@@ -213,3 +213,29 @@ def test_low_values_declared_white_are_reported(tmp_path: Path) -> None:
     info = open_volume(tmp_path / "a.tif").info
     assert info.is_inverted
     assert "turned round" in info.warnings[0]
+
+
+def test_imagej_beyond_four_gigabytes_is_read_to_its_last_plane(tmp_path: Path) -> None:
+    """One directory, and voxels far beyond what its 32 bit offsets reach, as Fiji writes; the file is sparse."""
+    path, (planes, rows, columns) = tmp_path / "scan.tif", (2300, 1000, 1000)
+    text = f"ImageJ=1.53t\nimages={planes}\nslices={planes}\nunit=um\nspacing=5.0\nloop=false\n".encode() + b"\0"
+    size = rows * columns * 2
+    entries = [(256, 4, 1, columns), (257, 4, 1, rows), (258, 3, 1, 16 << 16), (262, 3, 1, 1 << 16)]
+    entries += [(270, 2, len(text), 200), (273, 4, 1, 400), (277, 3, 1, 1 << 16), (278, 4, 1, rows), (279, 4, 1, size)]
+    head = struct.pack(">2sHIH", b"MM", 42, 8, len(entries))
+    head += b"".join(struct.pack(">HHII", *entry) for entry in entries) + bytes(4)
+    last = np.arange(rows * columns, dtype=">u2").reshape(rows, columns)
+    with path.open("wb") as file:
+        file.write(head.ljust(200, b"\0") + text)
+        file.seek(400 + (planes - 1) * size)
+        file.write(last.tobytes())
+    assert path.stat().st_size > 2**32
+    source = open_volume(path)
+    assert source.info.shape == (planes, rows, columns)
+    ((_, first), (_, end)) = source.planes([0, planes - 1])
+    assert not first.any()
+    assert np.array_equal(end, last)
+    with path.open("r+b") as file:
+        file.truncate(path.stat().st_size - 1)
+    with pytest.raises(InputError, match=r"is truncated"):
+        open_volume(path)
