@@ -139,6 +139,18 @@ def test_a_folder_that_is_trained_on_is_refused(train: Train, tmp_path: Path) ->
         train("--heldout_steps", 3, "--validation_data_dir", tmp_path / "data" / "train")
 
 
+def test_trackers_get_the_loss_of_each_set_and_band(train: Train) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    folder = train("--heldout_steps", 6, "--heldout_timesteps", 2, "--report_to", "tensorboard")
+    (events,) = {path.parent for path in (folder / "logs").rglob("events*")}
+    log = EventAccumulator(str(events))
+    log.Reload()
+    names = {f"heldout/{name}{band}" for name in ("train", "validation") for band in ("", "/0-500", "/500-1000")}
+    assert names <= set(log.Tags()["scalars"])
+    assert [event.step for event in log.Scalars("heldout/train")] == [0, 6]
+
+
 def test_without_a_folder_the_option_says_so(train: Train, tmp_path: Path) -> None:
     shutil.rmtree(tmp_path / "data" / "validation")
     with pytest.raises(UsageError, match=r"--heldout_steps 3: there is no folder .*validation; name one with"):

@@ -78,7 +78,12 @@ class Watch:
         with (run.folder / HELDOUT).open("a", encoding="utf-8") as stream:
             stream.write("".join(json.dumps(row) + "\n" for row in rows))
         whole = {str(row["set"]): row for row in rows if row["band"] is None and row["caption"] is None}
-        run.accelerator.log({f"heldout/{name}": row["loss"] for name, row in whole.items()}, step=step)
+        values = {f"heldout/{name}": row["loss"] for name, row in whole.items()}
+        for row in rows:
+            if isinstance(row["band"], list):
+                low, high = row["band"]
+                values[f"heldout/{row['set']}/{low}-{high}"] = row["loss"]
+        run.accelerator.log(values, step=step)
         if step == run.total_steps:
             said = [f"{row['loss']:.4f} on {row['n']} {name} images" for name, row in whole.items()]
             run.say(f"loss at fixed noise: {', '.join(said)} ({HELDOUT})")
