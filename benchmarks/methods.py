@@ -252,6 +252,7 @@ def _prepare(config: MethodsConfig, weave: Path) -> None:
     from data_prep.manifest import read_rows
 
     rows = [row for row in read_rows(weave / "train") if (row.state, row.axis) == CONCEPT]
+    shutil.rmtree(out / "class", ignore_errors=True)  # images of another base model would be refused
     shutil.rmtree(out / "nine", ignore_errors=True)
     (out / "nine").mkdir()
     for place in range(COLUMNS):  # far apart in the volume
@@ -368,12 +369,12 @@ def _drift(config: MethodsConfig, arm: Arm, row: Row) -> Row:
     for item in map(json.loads, lines):
         found.setdefault((item["metric"], item["prompt"]), item)
     moved = [item["value"] for (metric, prompt), item in found.items() if metric == "divergence" and prompt]
-    worst = next(item for (metric, _), item in found.items() if metric == "worst_prompt")
+    worst: dict[str, Any] = next((item for (metric, _), item in found.items() if metric == "worst_prompt"), {})
     return replace(
         row,
-        worst_probe=worst["prompt"],
-        kept=worst["value"],
-        class_kept=found["retention", CLASS_PROMPT]["value"],
+        worst_probe=worst.get("prompt"),
+        kept=worst.get("value"),
+        class_kept=found.get(("retention", CLASS_PROMPT), {}).get("value"),  # none where no slice could be recognised
         class_moved=found["divergence", CLASS_PROMPT]["value"],
         probes_moved=sum(moved) / len(moved),
     )
