@@ -138,7 +138,10 @@ def main(config: GenerateConfig) -> None:
         f"{len(records)} pictures of {settings.height} x {settings.width} px in {config.output_dir}: "
         f"{len(grid.prompts)} prompts x {len(grid.seeds)} seeds; look at {config.output_dir / 'contact_sheet.png'}"
     )
-    print(f"next: {_next(config, dataset_of([*config.adapter, Path(config.pretrained_model_name_or_path)]))}")
+    dataset = dataset_of([*config.adapter, Path(config.pretrained_model_name_or_path)])
+    base_model = provenances[0].get("base_model")
+    came_from = str(base_model["name"]) if isinstance(base_model, dict) and "name" in base_model else None
+    print(f"next: {_next(config, dataset, grid.prompts, came_from)}")
 
 
 def resolve_size(settings: SamplingConfig, trained: tuple[int, int] | None, own: int) -> SamplingConfig:
@@ -192,12 +195,15 @@ def _near_captions(prompts: Sequence[str], captions: Sequence[str]) -> list[str]
     return notes
 
 
-def _next(config: GenerateConfig, dataset: Path | None) -> str:
-    """Return the command that makes sense after this one."""
+def _next(config: GenerateConfig, dataset: Path | None, prompts: Sequence[str], came_from: str | None) -> str:
+    """Return the command that makes sense after this one; ``came_from`` is the base model of a tuned pipeline."""
+    from prompts.captions import parse_caption
+    from prompts.vocabulary import DEFAULT
+
     model = ["--pretrained_model_name_or_path", config.pretrained_model_name_or_path]
     adapters = [word for adapter in config.adapter for word in ("--adapter", str(adapter))]
     beside = config.output_dir.parent
-    if dataset is not None:
+    if dataset is not None and any(parse_caption(prompt, DEFAULT) for prompt in prompts):
         words = [
             "--real",
             str(dataset),
@@ -207,8 +213,9 @@ def _next(config: GenerateConfig, dataset: Path | None) -> str:
             str(beside / "fidelity"),
         ]
         return f"python -m eval.fidelity {shlex.join(words)}"
-    if adapters:
-        return f"python -m eval.drift {shlex.join([*model, *adapters, '--output_dir', str(beside / 'drift')])}"
+    if adapters or came_from:
+        words = [*model, *(("--base", came_from) if came_from else ()), *adapters]
+        return f"python -m eval.drift {shlex.join([*words, '--output_dir', str(beside / 'drift')])}"
     words = [*model, "--train_data_dir", "data/weave/train", "--output_dir", "runs/lora"]
     return f"accelerate launch finetune/lora.py {shlex.join(words)}"
 

@@ -178,18 +178,23 @@ def test_a_run_that_learned_a_word_and_a_lora_is_two_files(toy_sd: Path, tmp_pat
     assert "<x>" in tuned.models.tokenizer.get_vocab()
 
 
-def test_a_tuned_pipeline_is_generated_at_the_size_it_was_trained_at(toy_sd: Path, tmp_path: Path) -> None:
+def test_a_tuned_pipeline_is_generated_at_the_size_it_was_trained_at(
+    toy_sd: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     import shutil
 
     from finetune.core.models import model_hash
 
     tuned = shutil.copytree(toy_sd, tmp_path / "full")
-    (tuned / "provenance.json").write_text(json.dumps({"height": 24, "width": 40, "captions": ["sf_dry"]}))
+    told = {"height": 24, "width": 40, "captions": ["sf_dry"], "base_model": {"name": "assets/tiny-sd"}}
+    (tuned / "provenance.json").write_text(json.dumps(told))
     main(GenerateConfig(pretrained_model_name_or_path=str(tuned), prompts=("a",), num_images=1, sampling=FAST,
                         output_dir=tmp_path / "out"))  # fmt: skip
     (record,) = records(tmp_path / "out")
     assert (record["height"], record["width"]) == (24, 40)
     assert record["base_model"] == {"name": str(tuned), "hash": model_hash(str(toy_sd))}
+    words = f"next: python -m eval.drift --pretrained_model_name_or_path {tuned} --base assets/tiny-sd "
+    assert capsys.readouterr().out.splitlines()[-1].startswith(words)
 
 
 @pytest.mark.parametrize("scales", [("0.5", "1"), ("1", "1", "1", "1")])

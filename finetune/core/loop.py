@@ -226,7 +226,8 @@ def _metrics(number: int, window: _Window, batches: Batches, optimizer: Any, acc
         "step": number,
         "epoch": number / batches.steps_per_epoch,
         "loss": float(loss),
-        "learning_rate": optimizer.param_groups[0]["lr"],
+        # Of the first group that learns: others may rest.
+        "learning_rate": next((group["lr"] for group in optimizer.param_groups if group["lr"]), 0.0),
         "grad_norm": float(torch.stack(window.norms).double().mean()),
         "images_per_s": round(window.images / passed_s, 3),
     }
