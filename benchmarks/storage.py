@@ -2,22 +2,24 @@
 
     python benchmarks/storage.py
 
-Each case writes one volume, evicts it from the page cache, and reads it in a process of its own through the same reader
-that the slicer uses, once from the first plane to the last; the planes are then compared with the array they came from.
+Each case writes one volume, evicts it from the page cache, and reads it in a process of its own through the reader
+that the slicer uses, from the first plane to the last; on a second pass, whose bytes are counted, the planes are
+compared with the array they came from. Memory is what the reading adds to the interpreter and the libraries.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import platform
 import shutil
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
+from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -45,30 +47,25 @@ class StorageConfig:
     """Folder on the disk to measure; a temporary one by default. Its contents are removed at the end."""
     output: Path = Path("benchmarks/results/storage.json")
     """Where the figures go."""
-    read: Path | None = None
-    """Only read this volume and compare it with the array beside it; the measurement calls itself so."""
 
 
 def main(config: StorageConfig) -> None:
     """Write, read and compare every kind and type; print and write the table."""
-    if config.read is not None:
-        print(json.dumps(read_once(config.read)))
-        return
     cases = []
+    for library in ("imagecodecs", "h5py", "zarr"):
+        with contextlib.suppress(ImportError):
+            import_module(library)  # here, so that it does not count as memory of a reader
     with tempfile.TemporaryDirectory(dir=config.work_dir, prefix="storage-") as name:
         for dtype in config.dtypes:
             for kind, write in KINDS.items():
                 folder = Path(name) / "case"
                 folder.mkdir()
-                volume = drawn(config.shape, dtype)
-                np.save(folder / "expected.npy", volume)
-                try:
-                    path = write(folder, volume)
-                except ImportError as error:
-                    print(f"{kind:<28} {dtype:<8} left out: {error}")
+                written = in_child(partial(write_case, write, folder, config.shape, dtype))
+                if "path" not in written:
+                    print(f"{kind:<28} {dtype:<8} left out: {written['error']}")
                     shutil.rmtree(folder)
                     continue
-                del volume
+                path = Path(written["path"])
                 cases.append({"kind": kind, "dtype": dtype} | measured(path))
                 print(row(cases[-1]), flush=True)
                 shutil.rmtree(folder)
@@ -86,6 +83,32 @@ def main(config: StorageConfig) -> None:
     print(f"written to {config.output}")
     if bad := [case for case in cases if not case["equal"]]:
         raise SystemExit(f"{len(bad)} cases differ from direct indexing")
+
+
+def in_child(task: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """Run a task in a fork of this process, whose memory begins small and whose threads are its own."""
+    reader, writer = os.pipe()
+    child = os.fork()
+    if not child:
+        try:
+            result = task()
+        except Exception as error:
+            result = {"error": f"{type(error).__name__}: {error}"}
+        with os.fdopen(writer, "w") as pipe:
+            pipe.write(json.dumps(result))
+        os._exit(0)
+    os.close(writer)
+    with os.fdopen(reader) as pipe:
+        text = pipe.read()
+    os.waitpid(child, 0)
+    return json.loads(text)
+
+
+def write_case(write: Writer, folder: Path, shape: tuple[int, int, int], dtype: str) -> dict[str, Any]:
+    """Write the volume, and the array beside it; return its path."""
+    volume = drawn(shape, dtype)
+    np.save(folder / "expected.npy", volume)
+    return {"path": str(write(folder, volume))}
 
 
 def drawn(shape: tuple[int, int, int], dtype: str) -> NDArray[Any]:
@@ -108,34 +131,30 @@ def measured(path: Path) -> dict[str, Any]:
             with file.open("rb") as opened:
                 os.fsync(opened.fileno())
                 os.posix_fadvise(opened.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-    words = [sys.executable, __file__, "--read", str(path)]
-    process = subprocess.Popen(words, stdout=subprocess.PIPE, text=True)
-    assert process.stdout is not None
-    printed = process.stdout.read()
-    if process.wait() != 0:
-        raise SystemExit(f"failed: {' '.join(words)}")
-    return json.loads(printed) | {"stored_mb": stored / 1e6}
+    found = in_child(partial(read_twice, path))
+    if "error" in found:
+        raise SystemExit(f"{path}: {found['error']}")
+    return found | {"stored_mb": stored / 1e6}
 
 
-def read_once(path: Path) -> dict[str, Any]:
-    """Read all planes once, timed, then compare them with the array beside the volume."""
+def read_twice(path: Path) -> dict[str, Any]:
+    """Read all planes, timed; then read them again, counted, and compare them with the array beside the volume."""
+    expected = np.load(path.with_name("expected.npy"), mmap_mode="r")
     options = ReadConfig()
     if path.suffix == ".raw":
-        header = np.load(path.with_name("expected.npy"), mmap_mode="r")
-        options = ReadConfig(raw_shape=header.shape, raw_dtype=header.dtype.name)
-    before, start = bytes_read(), time.perf_counter()
+        options = ReadConfig(raw_shape=expected.shape, raw_dtype=expected.dtype.name)
+    base, start = memory("VmRSS"), time.perf_counter()
     source = open_volume(path, options)
     opened = time.perf_counter() - start
     for _ in source.planes(range(source.info.shape[0])):
         pass
-    seconds, read, peak = time.perf_counter() - start, bytes_read() - before, peak_memory()
-    expected = np.load(path.with_name("expected.npy"), mmap_mode="r")
+    seconds, peak, before = time.perf_counter() - start, memory("VmHWM"), bytes_read()
     equal = source.info.shape == expected.shape and all(
         np.array_equal(plane, expected[z]) and plane.dtype == expected.dtype
         for z, plane in source.planes(range(source.info.shape[0]))
     )
-    figures = {"open_s": opened, "read_s": seconds, "bytes_read_mb": read / 1e6, "peak_rss_mb": peak / 1e6}
-    return {"equal": equal, "storage": source.info.storage} | figures
+    figures = {"open_s": opened, "read_s": seconds, "bytes_read_mb": (bytes_read() - before) / 1e6}
+    return {"equal": equal, "storage": source.info.storage, "memory_mb": (peak - base) / 1e6} | figures
 
 
 def bytes_read() -> int:
@@ -144,17 +163,17 @@ def bytes_read() -> int:
     return int(next(line.split()[1] for line in lines if line.startswith("rchar")))
 
 
-def peak_memory() -> int:
-    """Return the most bytes this process held; unlike ``ru_maxrss`` it knows nothing of the process before it."""
+def memory(what: str) -> int:
+    """Return the bytes this process holds (VmRSS) or held at most (VmHWM)."""
     lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
-    return 1024 * int(next(line.split()[1] for line in lines if line.startswith("VmHWM")))
+    return 1024 * int(next(line.split()[1] for line in lines if line.startswith(what)))
 
 
 def row(case: dict[str, Any]) -> str:
     """Return a line of the table."""
     return (
         f"| {case['kind']} | {case['dtype']} | {'yes' if case['equal'] else 'NO'} | {case['read_s']:.2f} s | "
-        f"{case['peak_rss_mb']:.0f} MB | {case['bytes_read_mb'] / case['stored_mb']:.2f} |"
+        f"{case['memory_mb']:.0f} MB | {case['bytes_read_mb'] / case['stored_mb']:.2f} |"
     )
 
 

@@ -265,7 +265,7 @@ def estimate(
     else:
         padding_share = 0.0
     minimum, maximum = extremes.without(padding)
-    method = config.window
+    method: str = config.window
     if window is None:
         low, high = _ends(values, minimum, maximum, config)
         if low == high:

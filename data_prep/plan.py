@@ -176,7 +176,8 @@ def survey(config: SliceConfig, words: Vocabulary) -> list[Volume]:
     for (state, _), name, whole, box, source in zip(pairs, names, sources, boxes, parts, strict=True):
         voxel_um = _voxel_um(whole.info, config)
         cut_axes = _cut_axes(source.info, config)
-        known = window_of_dataset(path, name, state) if (path := config.grey.window_manifest) else shared
+        earlier = config.grey.window_manifest
+        known = window_of_dataset(earlier, name, state) if earlier is not None else shared
         window, correlations = _statistics(source, config, cut_axes, known)
         regions = {
             axis: cut_region(

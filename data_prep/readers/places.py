@@ -64,7 +64,7 @@ def open_place(place: Place) -> BinaryIO:
     """
     try:
         if isinstance(place, Path):
-            return place.open("rb", buffering=0)  # type: ignore[return-value]  # raw, but read in full below
+            return place.open("rb", buffering=0)
         files, path = place.resolved()
         return files.open(path, "rb")
     except InputError:
@@ -79,7 +79,7 @@ def open_place(place: Place) -> BinaryIO:
 
 def read_into(file: BinaryIO, offset: int, array: NDArray[Any]) -> int:
     """Fill a contiguous array from a file and return the bytes that were there."""
-    view = memoryview(array.reshape(-1).view(np.uint8))
+    view = memoryview(array.reshape(-1).view(np.uint8))  # type: ignore[arg-type]  # an array has a buffer
     file.seek(offset)
     filled = 0
     while filled < len(view):
@@ -135,10 +135,10 @@ def beside(place: Place, name: str) -> Place:
     return place.parent / name if isinstance(place, Path) else Url(f"{place.text.rpartition('/')[0]}/{name}")
 
 
-def all_files(folder: Place) -> list[Place]:
+def all_files(folder: Place) -> Sequence[Place]:
     """Return every file below a folder, sorted by path."""
     if isinstance(folder, Path):
-        return sorted((path for path in folder.rglob("*") if path.is_file()), key=lambda path: path.as_posix())
+        return sorted(path for path in folder.rglob("*") if path.is_file())
     files, path = folder.resolved()
     return [Url(files.unstrip_protocol(name)) for name in sorted(files.find(path))]
 

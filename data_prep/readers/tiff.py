@@ -174,10 +174,10 @@ def _damaged(path: Place, records: Sequence[str]) -> str:
 
 
 class _Stack(NamedTuple):
-    """The pages that are the planes of a volume; ``count`` planes follow one another from a single page if 1 page."""
+    """The pages that are the planes of a volume; ``num_planes`` follow one another from a single page if 1 page."""
 
     pages: list[Page]
-    count: int
+    num_planes: int
     warnings: tuple[str, ...]
     label: str
     start_plane: int = 0  # first plane and distance between planes within a block that one directory heads
@@ -202,16 +202,16 @@ def _describe(
     warnings, notes = list(stack.warnings), [f"axes {stack.label}"] if stack.label else []
     rows, columns, depth = kind.rows, kind.columns, kind.depth
     channels = kind.samples if kind.samples > 1 else 1
-    shape = (depth if depth > 1 else stack.count, rows, columns)
+    shape = (depth if depth > 1 else stack.num_planes, rows, columns)
     if shape[0] == 1:
         raise InputError(
             f"{path}: holds one picture of {rows}x{columns}, not a volume; python -m data_prep.images takes pictures"
         )
     check_apart(path, stack.pages)
     starts = _starts(path, stack, num_bytes) if channels == 1 and depth == 1 else None
-    if starts is None and len(stack.pages) < stack.count:
+    if starts is None and len(stack.pages) < stack.num_planes:
         raise InputError(
-            f"{path}: is truncated: {stack.count} planes are declared and {len(stack.pages)} pages are there"
+            f"{path}: is truncated: {stack.num_planes} planes are declared and {len(stack.pages)} pages are there"
         )
     if kind.photometric == tifffile.PHOTOMETRIC.MINISWHITE:
         warnings.append("the file says that low values are white; grey levels are turned round")
@@ -375,7 +375,7 @@ def _declared_stack(path: Place, axes: Axes, run: list[Page], num_bytes: int, co
         sizes = ", ".join(f"{name.lower()} {size}" for name, size in left.items() if size > 1)
         other = next((name for name in long if name != "Z"), long[0]).lower()
         raise InputError(f"{path}: holds more than one volume ({sizes}); choose with --select {other}=0")
-    warnings = ()
+    warnings: tuple[str, ...] = ()
     if long and long[0] in "TC":
         what = {"T": "time steps", "C": "channels"}[long[0]]
         warnings = (f"the file calls its {left[long[0]]} planes {what}; they are taken as z",)
@@ -424,7 +424,7 @@ def _smaller(path: Place, tif: tifffile.TiffFile, stack: _Stack, pages: list[Pag
             f"{path}: --level {level}: the file has {max(min(map(len, below)), len(sizes))} smaller copies"
         )
     kind = smaller[0].kind
-    if len(smaller) != stack.count or any(page.kind != kind for page in smaller) or kind.rows > full.rows:
+    if len(smaller) != stack.num_planes or any(page.kind != kind for page in smaller) or kind.rows > full.rows:
         raise InputError(f"{path}: --level {level}: the smaller copies are not one for each plane")
     return stack._replace(pages=smaller)
 
@@ -433,11 +433,11 @@ def _starts(path: Place, stack: _Stack, num_bytes: int) -> NDArray[np.int64] | N
     """Return the first byte of every plane, or None if a plane is not one run of bytes."""
     if any(page.start is None for page in stack.pages):
         return None
-    if len(stack.pages) == stack.count:
+    if len(stack.pages) == stack.num_planes:
         return np.array([page.start for page in stack.pages], np.int64)
     kind, first = stack.pages[0].kind, stack.pages[0].start
     assert first is not None
-    return first + kind.plane_bytes * (stack.start_plane + stack.step * np.arange(stack.count, dtype=np.int64))
+    return first + kind.plane_bytes * (stack.start_plane + stack.step * np.arange(stack.num_planes, dtype=np.int64))
 
 
 def _storage(tif: tifffile.TiffFile, page: Page, starts: NDArray[np.int64] | None) -> str:
