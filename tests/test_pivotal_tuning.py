@@ -102,6 +102,12 @@ def test_a_first_step_of_a_stage_has_the_rate_asked_for(train: Train) -> None:
     assert steps[ROWS] == 0
 
 
+def test_the_logged_rate_is_that_of_what_learns(train: Train) -> None:
+    folder = train("--token_lr", 1e-3, "--logging_steps", 1)
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert [row["learning_rate"] for row in rows] == [1e-3] * 3 + [1e-2] * 3
+
+
 @pytest.mark.parametrize("stop", [2, 3, 5], ids=["within the first stage", "at the pivot", "within the second stage"])
 def test_resumed_is_uninterrupted_bit_for_bit(train: Train, whole: Path, tmp_path: Path, stop: int) -> None:
     parts = shutil.copytree(whole, tmp_path / "run")
