@@ -39,7 +39,6 @@ CARD, CONFIG, ENVIRONMENT, METRICS, HELDOUT, PROVENANCE, LOCK = (
     "provenance.json",
     "run.lock",
 )
-DRIFT, SELECTION = "drift.jsonl", "selection.json"
 # They say where things are put or shown, and leave what is learned alone.
 _WITHOUT_EFFECT = CHANGEABLE - {"max_train_steps", "num_train_epochs"}
 
@@ -211,8 +210,7 @@ def start_run(
             )
             (folder / ENVIRONMENT).write_text(json.dumps(now, indent=2) + "\n", encoding="utf-8")
             _cut_metrics(folder / METRICS, done)
-            for first_rows_of_step_0 in (HELDOUT, DRIFT):
-                _cut_metrics(folder / first_rows_of_step_0, done if checkpoint else -1)
+            _cut_metrics(folder / HELDOUT, done if checkpoint else -1)  # its first rows are those of step 0
             (folder / PROVENANCE).unlink(missing_ok=True)
             for path in own:
                 if checkpoints.step_of(path) > done:
@@ -228,7 +226,6 @@ def _prepare_folder(folder: Path, train: TrainConfig, weights: set[str]) -> Text
     if folder.exists() and not folder.is_dir():
         raise UsageError(f"--output_dir {folder}: is a file; name a folder")
     ours = {CONFIG, ENVIRONMENT, METRICS, HELDOUT, PROVENANCE, *weights, "previews", train.logging_dir}
-    ours |= {DRIFT, SELECTION, "drift"}
     if folder.is_dir():
         # Weights beside no config.yaml are somebody's model, not a run of ours.
         strange = {path.name for path in folder.iterdir()} - (ours - weights) - {LOCK, "cache"}
