@@ -65,7 +65,8 @@ def save_lora(folder: Path, models: Models, provenance: dict[str, Any]) -> Path:
     """
     from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY
 
-    tensors, configs = {}, {}
+    tensors: dict[str, Tensor] = {}
+    configs: dict[str, Any] = {}
     for name, module in (("unet", models.unet), ("text_encoder", models.text_encoder)):
         if ADAPTER in getattr(module, "peft_config", {}):
             tensors |= {f"{name}.{key}": value for key, value in _adapter_tensors(module).items()}
@@ -116,7 +117,7 @@ def _adapter_tensors(module: nn.Module) -> dict[str, Tensor]:
 
 def _adapter_config(module: nn.Module) -> dict[str, Any]:
     """Return peft's description of an adapter, without what only says where it came from."""
-    config: dict[str, Any] = module.peft_config[ADAPTER].to_dict()  # type: ignore[index, operator, union-attr]
+    config: dict[str, Any] = module.peft_config[ADAPTER].to_dict()  # type: ignore[index, union-attr]
     kept = {name: value for name, value in config.items() if name not in ("base_model_name_or_path", "revision")}
     return {name: sorted(value) if isinstance(value, set) else value for name, value in kept.items()}
 
