@@ -248,7 +248,9 @@ def test_a_truncated_image_is_named(make_batches: MakeBatches, captioned_images:
 @pytest.mark.parametrize("what", ["folder", "metadata"])
 def test_what_is_missing_is_named(tmp_path: Path, what: str) -> None:
     folder = tmp_path / "absent" if what == "folder" else tmp_path
-    with pytest.raises(InputError, match="no such folder" if what == "folder" else "neither images nor a metadata.jsonl"):
+    with pytest.raises(
+        InputError, match="no such folder" if what == "folder" else "neither images nor a metadata.jsonl"
+    ):
         read_images(ImageFolderConfig(train_data_dir=(folder,)))
 
 
