@@ -129,7 +129,9 @@ def read_entry(name: str, folder: Path) -> Entry:
         paths[found.module], rows[found.module] = path.parent, found.rows
         known = {**found.rows[0].hashes, **_grid(found.settings, path.parent)}
         settings[found.module] = {key: known[key] for key in SAME[found.module] if key in known}
-        size = {key: str(found.settings[key]) for key in ("tile_size", "num_images") if key in found.settings}
+        size: dict[str, str] = {
+            key: str(found.settings[key]) for key in ("tile_size", "num_images") if key in found.settings
+        }
         settings[found.module] |= size
     if not rows:
         raise InputError(f"--runs {name}={folder}: holds no results of {', '.join(SAME)}")

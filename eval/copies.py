@@ -149,7 +149,7 @@ def calibrate(similarity: Floats, cells: Ints, blocks: Ints, *, draws: int = 500
 
     def quantile(weights: Floats) -> float:
         share = np.cumsum(weights[order]) / weights.sum()
-        return float(scores[order[min(np.searchsorted(share, QUANTILE), len(order) - 1)]])
+        return float(scores[order[min(int(np.searchsorted(share, QUANTILE)), len(order) - 1)]])
 
     interval = block_bootstrap(quantile, cells, blocks, draws=draws, seed=seed)
     return Threshold(centre=centre, spread=spread, value=interval.value, conservative=interval.high)

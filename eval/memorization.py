@@ -294,7 +294,7 @@ def _search(config: MemorizationConfig, drawn: Drawn, models: Models | None, voc
     copies = through(planted(reference.pixels[chosen], SHIFT_PX)) + random.normal(
         0, PLANTED_NOISE, (PLANTED, *reference.pixels.shape[1:])
     )
-    copies = copies.round().clip(0, 255).astype(np.uint8)
+    planted_tiles = copies.round().clip(0, 255).astype(np.uint8)
 
     finders: dict[str, Finder] = {"ncc": best_matches}
     if config.copy_net_steps and len(reference) >= SMALLEST_LEARNING:
@@ -307,7 +307,7 @@ def _search(config: MemorizationConfig, drawn: Drawn, models: Models | None, voc
         sides: dict[str, TileSet] = {
             "generated": (drawn.generated.pixels, cells["generated"], blocks["generated"]),
             "held_out": (real, cells["held_out"], blocks["held_out"]),
-            "planted": (copies, cells["reference"][chosen], np.arange(PLANTED, dtype=np.int64)),
+            "planted": (planted_tiles, cells["reference"][chosen], np.arange(PLANTED, dtype=np.int64)),
         }
         found = {
             key: _within_captions(find, *side, reference.pixels, cells["reference"], f"{name}, {key}")

@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from eval.copies import aligned
-from eval.memorization_rows import DETECTORS, Detector, Searched, Threshold, threshold_of
+from eval.copies import Threshold, aligned
+from eval.memorization_rows import DETECTORS, Detector, Searched, threshold_of
 
 
 def save_gallery(

@@ -390,7 +390,7 @@ def _pairs(folder: Folder, pictures: Pictures) -> list[dict[str, Any]]:
     for entry in content if isinstance(content, list) else ():
         if isinstance(entry, dict) and (uri := pictures.embed(folder.path, str(entry.get("file")))):
             box = entry.get("box")
-            place = f"voxels {', '.join(map(str, box))}" if _numbers(box) else "place unknown"
+            place = f"voxels {', '.join(map(str, box or ()))}" if _numbers(box) else "place unknown"
             texts = {name: str(entry.get(name, "")) for name in ("caption", "generated", "trained", "score")}
             pairs.append({**texts, "place": place, "uri": uri, "is_flagged": entry.get("is_flagged") is True})
     return pairs
