@@ -123,7 +123,8 @@ def test_it_writes_exactly_these_files(checked: Path) -> None:
     }
     files = {str(path.relative_to(checked)) for path in checked.rglob("*") if path.is_file()}
     named = {"results.jsonl", "overview.json", "confusion.png", "samples.png", "config.yaml"}
-    assert files == samples | named
+    curves = {f"descriptors/{state}_{axis}_curves.png" for state in STATES for axis in AXES}
+    assert files == samples | curves | named
 
 
 def test_real_slices_as_generated_ones_agree_with_their_prompts_and_lie_within_the_floor(checked: Path) -> None:

@@ -81,13 +81,21 @@ def test_same_seed_gives_the_same_weights(shapes: Path, trained: Path, tmp_path:
 
 
 def test_going_on_keeps_vae_and_tokenizer_and_moves_the_denoiser(shapes: Path, trained: Path, tmp_path: Path) -> None:
-    going_on = {**TINY, "max_train_samples": 8, "snr_floor": 1.0}
+    going_on = {**TINY, "max_train_samples": 8, "snr_floor": 1.0, "vae_steps": 0}
     main(PretrainConfig(train_data_dir=shapes, output_dir=tmp_path / "on", start_from=trained, **going_on))
     for name in ("vae/diffusion_pytorch_model.safetensors", "tokenizer/tokenizer.json"):
         assert (tmp_path / "on" / name).read_bytes() == (trained / name).read_bytes()
     for name in ("unet/diffusion_pytorch_model.safetensors", "text_encoder/model.safetensors"):
         before, after = load_file(trained / name), load_file(tmp_path / "on" / name)
         assert all((before[key] != after[key]).any() for key in before if before[key].is_floating_point())
+
+
+def test_going_on_with_the_vae_keeps_its_scaling_factor(shapes: Path, trained: Path, tmp_path: Path) -> None:
+    main(PretrainConfig(train_data_dir=shapes, output_dir=tmp_path / "on", start_from=trained, **TINY))
+    name = "vae/diffusion_pytorch_model.safetensors"
+    assert (tmp_path / "on" / name).read_bytes() != (trained / name).read_bytes()
+    first, second = (json.loads((path / "vae/config.json").read_text()) for path in (trained, tmp_path / "on"))
+    assert first["scaling_factor"] == second["scaling_factor"]
 
 
 def test_latents_have_unit_spread_after_scaling(trained: Path, shapes: Path) -> None:
