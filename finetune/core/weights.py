@@ -112,6 +112,9 @@ def _adapter_tensors(module: nn.Module) -> dict[str, Tensor]:
     state = get_peft_model_state_dict(module, adapter_name=ADAPTER)
     # Newer transformers have dropped this level of the text encoder; diffusers reads names with it everywhere.
     level = "text_model." if isinstance(module, PreTrainedModel) and not hasattr(module, "text_model") else ""
+    if isinstance(module, PreTrainedModel):
+        # transformers leaves DoRA's lengths out, without a word, if they lack the last part of their own name.
+        state = {key + ".weight" * key.endswith("lora_magnitude_vector"): value for key, value in state.items()}
     return {level + key: value.detach().to("cpu", torch.float32).contiguous() for key, value in state.items()}
 
 
@@ -119,6 +122,7 @@ def _adapter_config(module: nn.Module) -> dict[str, Any]:
     """Return peft's description of an adapter, without what only says where it came from."""
     config: dict[str, Any] = module.peft_config[ADAPTER].to_dict()  # type: ignore[index, union-attr]
     kept = {name: value for name, value in config.items() if name not in ("base_model_name_or_path", "revision")}
+    kept["lora_dropout"] = 0.0  # the layers that diffusers makes of it stay in training mode, and would drop
     return {name: sorted(value) if isinstance(value, set) else value for name, value in kept.items()}
 
 
