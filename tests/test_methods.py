@@ -21,7 +21,7 @@ from torch import Tensor
 import finetune.core.open
 from configs.errors import InputError, UsageError
 from configs.load import load
-from finetune.core.models import EMBEDDINGS_FILE, LORA_FILE, Models, as_pipeline, load_models
+from finetune.core.models import EMBEDDINGS_FILE, LORA_FILE, Denoiser, Models, as_pipeline, load_models
 from finetune.core.weights import PIPELINE_FILE
 
 RECIPES = {
@@ -367,7 +367,7 @@ def test_only_what_learns_is_in_training_mode(go: Go, loaded: list[Models], reci
     seen = []
 
     def look(module: torch.nn.Module, _: object) -> None:
-        if type(module).__name__ == "Denoiser":
+        if isinstance(module, Denoiser):
             seen.append((module.unet.training, module.text_encoder.training))
 
     handle = torch.nn.modules.module.register_module_forward_pre_hook(look)

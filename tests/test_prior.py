@@ -10,6 +10,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -54,10 +55,15 @@ def make_prior(toy_sd: Path, captioned_images: Path, tmp_path: Path) -> Iterator
     """Open a run on the toy and put prior rows beside its ten images."""
     runs = []
 
-    def make(*, learns_text: bool = False, adapts: bool = True, **options: object) -> tuple[Opened, WithPrior]:
-        prior = {"class_data_dir": tmp_path / "class", "class_prompt": "ab", "num_class_images": 3}
+    def make(*, learns_text: bool = False, adapts: bool = True, **options: Any) -> tuple[Opened, WithPrior]:
+        prior: dict[str, Any] = {"class_data_dir": tmp_path / "class", "class_prompt": "ab", "num_class_images": 3}
         names = {field.name for field in dataclasses.fields(PriorConfig)}
-        given = {"train_batch_size": 4, "output_dir": tmp_path / "run", "report_to": "none", "seed": 0} | options
+        given: dict[str, Any] = {
+            "train_batch_size": 4,
+            "output_dir": tmp_path / "run",
+            "report_to": "none",
+            "seed": 0,
+        } | options
         config = PriorConfig(
             with_prior_preservation=True, **(prior | {key: given.pop(key) for key in names & set(given)})
         )
