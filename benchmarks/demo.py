@@ -59,7 +59,7 @@ def commands(config: DemoConfig) -> dict[str, list[list[str]]]:
     train += ["--output_dir", str(out / "lora"), "--seed", seed, "--overwrite"]
     generate = [*model, "--adapter", str(out / "lora"), "--prompts", *all_captions(), "--num_images", "16"]
     # Guidance of 7.5 drives a model this small to black and white.
-    generate += ["--guidance_scale", "3", "--num_inference_steps", "18", "--seed", seed, "--batch_size", "48"]
+    generate += ["--guidance_scale", "3", "--num_inference_steps", "20", "--seed", seed, "--batch_size", "48"]
     generate += ["--output_dir", str(out / "slices"), "--overwrite"]
     drift = [*model, "--adapter", str(out / "lora"), "--probes", "tiny", "--real", str(out / "weave")]
     drift += ["--num_inference_steps", "15", "--batch_size", "48", "--output_dir", str(out / "drift"), "--overwrite"]
