@@ -1,7 +1,7 @@
 """Fine-tune every weight of the U-Net on a few images of one subject, and of the text encoder if asked (DreamBooth).
 
     accelerate launch finetune/dreambooth.py --pretrained_model_name_or_path assets/tiny-sd \
-        --instance_data_dir demo/nine --instance_prompt "a w17h3r texture" --output_dir runs/dreambooth \
+        --instance_data_dir data/few/dry --instance_prompt "a w17h3r texture" --output_dir runs/dreambooth \
         --with_prior_preservation --class_prompt "a texture" --class_data_dir runs/class
 
 Learns  the whole U-Net; with --train_text_encoder the whole text encoder, too.

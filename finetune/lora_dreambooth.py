@@ -1,7 +1,7 @@
 """Fine-tune low-rank adapters on a few images of one subject (DreamBooth with LoRA).
 
     accelerate launch finetune/lora_dreambooth.py --pretrained_model_name_or_path assets/tiny-sd \
-        --instance_data_dir demo/nine --instance_prompt "a w17h3r texture" --output_dir runs/lora-dreambooth
+        --instance_data_dir data/few/dry --instance_prompt "a w17h3r texture" --output_dir runs/lora-dreambooth
 
 Learns  adapters on the U-Net; with --train_text_encoder on the text encoder, too.
 Batch   images of the subject; with --with_prior_preservation prior rows beside them.

@@ -1,7 +1,7 @@
 """Pivotal tuning: first learn a new word in the frozen model, then adapters around it.
 
     accelerate launch finetune/pivotal_tuning.py --pretrained_model_name_or_path assets/tiny-sd \
-        --instance_data_dir data/few --placeholder_token "<dry-slice>" --initializer_token woven \
+        --instance_data_dir data/few/dry --placeholder_token "<dry-slice>" --initializer_token woven \
         --output_dir runs/pivotal
 
 Learns  the rows of the new word for --token_steps updates; then adapters, while the rows rest or go on slowly.

@@ -1,7 +1,7 @@
 """Learn a new word from a few images: its rows of the token embedding, and nothing else.
 
     accelerate launch finetune/textual_inversion.py --pretrained_model_name_or_path assets/tiny-sd \
-        --train_data_dir data/few --placeholder_token "<dry-slice>" --initializer_token woven --output_dir runs/word
+        --train_data_dir data/few/dry --placeholder_token "<dry-slice>" --initializer_token woven --output_dir runs/word
 
 Learns  the rows of the new word.
 Batch   images with templates around the word, or with captions that hold it.

@@ -130,7 +130,7 @@ def main(config: IdentifiersConfig) -> None:
     chosen = next(iter([*config.words, *proposed]), "sks")
     words = ["--pretrained_model_name_or_path", config.pretrained_model_name_or_path]
     words += ["--instance_prompt", f"a {chosen} texture"]
-    print(f"next: accelerate launch finetune/lora_dreambooth.py {shlex.join(words)} --instance_data_dir data/few")
+    print(f"next: accelerate launch finetune/lora_dreambooth.py {shlex.join(words)} --instance_data_dir data/few/dry")
 
 
 def _grade(
