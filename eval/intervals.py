@@ -5,7 +5,8 @@ Pictures of one prompt resemble each other, so a hundred of them over eight prom
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -75,3 +76,12 @@ def noise_band(ratios_again: Floats, num_prompts: int) -> Interval:
     logs = np.log(ratios_again)
     half = float(student_t.ppf(0.9995, len(logs)) * np.sqrt(np.square(logs).mean() / num_prompts))
     return Interval(value=float(ratios_again.mean()), low=float(np.exp(-half)), high=float(np.exp(half)))
+
+
+def mean_interval(values: Sequence[float] | Floats) -> tuple[float, float | None, float | None]:
+    """Return a mean and the ends of its 95 % interval by Student's t; None for those of a single value."""
+    count, mean = len(values), float(np.mean(values))
+    if count < 2:
+        return mean, None, None
+    half = float(student_t.ppf(0.975, count - 1)) * float(np.std(values, ddof=1)) / math.sqrt(count)
+    return mean, mean - half, mean + half

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -20,10 +19,10 @@ import numpy as np
 import torch
 from accelerate.utils import DistributedType, gather_object
 from numpy.typing import NDArray
-from scipy.stats import t as student_t
 from torch import Tensor
 
 from configs.errors import InputError, UsageError
+from eval.intervals import mean_interval
 from eval.sampling import evaluating
 from finetune.core.averages import Averages
 from finetune.core.batches import Batch, check_captions, make_pictures
@@ -38,6 +37,23 @@ from finetune.core.pictures import CENTRE, Picture
 from finetune.core.run import HELDOUT
 
 Row = dict[str, object]
+
+
+@dataclass(frozen=True, kw_only=True)
+class HeldOut:
+    """Where held-out images are, and what their captions are: as with the images that are trained on.
+
+    Attributes:
+        beside: a training folder; held-out images are in `validation` beside it, unless their folder is given.
+        captions: as for ``images.read_folder``.
+        image_column: likewise.
+        caption_column: likewise.
+    """
+
+    beside: Path
+    captions: Sequence[str] = ()
+    image_column: str = "image"
+    caption_column: str = "text"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,12 +75,12 @@ class Watch:
     prompt_rows: dict[str, int]
     averages: Averages
 
-    def look(self, step: int) -> None:
-        """Write the losses to ``heldout.jsonl`` and the trackers, if they are due after this step."""
+    def look(self, step: int) -> bool:
+        """Write the losses to ``heldout.jsonl`` and the trackers, if due after this step; never end the run."""
         run = self.opened.run
         every = self.config.heldout_steps
         if every is None or run.train.dry_run or (step % every and step != run.total_steps):
-            return
+            return False
         rows = []
         for name, pictures in self.sets.items():
             losses = self.losses(pictures)
@@ -74,7 +90,7 @@ class Watch:
                 found[0]["losses"] = losses.tolist()
             rows += [{"step": step, "set": name, **row} for row in found]
         if not run.is_main:
-            return
+            return False
         with (run.folder / HELDOUT).open("a", encoding="utf-8") as stream:
             stream.write("".join(json.dumps(row) + "\n" for row in rows))
         whole = {str(row["set"]): row for row in rows if row["band"] is None and row["caption"] is None}
@@ -87,6 +103,7 @@ class Watch:
         if step == run.total_steps:
             said = [f"{row['loss']:.4f} on {row['n']} {name} images" for name, row in whole.items()]
             run.say(f"loss at fixed noise: {', '.join(said)} ({HELDOUT})")
+        return False
 
     @property
     def bands(self) -> list[tuple[int, int]]:
@@ -193,15 +210,6 @@ def summary(
     return rows
 
 
-def mean_interval(values: NDArray[np.float64]) -> tuple[float, float | None, float | None]:
-    """Return a mean and the ends of its 95 % interval by Student's t; None for those of a single value."""
-    count, mean = len(values), float(values.mean())
-    if count < 2:
-        return mean, None, None
-    half = float(student_t.ppf(0.975, count - 1)) * float(values.std(ddof=1)) / math.sqrt(count)
-    return mean, mean - half, mean + half
-
-
 def spread_over_captions(images: Sequence[CaptionedImage], count: int) -> list[CaptionedImage]:
     """Return a fixed subset of images that has every caption about equally often."""
     seen: Counter[str] = Counter()
@@ -219,12 +227,9 @@ def watch_losses(
     opened: Opened,
     pictures: PictureConfig,
     averages: Averages,
+    heldout: HeldOut,
     *,
-    beside: Path,
     learns_text: bool,
-    captions: Sequence[str] = (),
-    image_column: str = "image",
-    caption_column: str = "text",
 ) -> Watch:
     """Choose the images to look at, encode them, and return the watch; without ``--heldout_steps`` it never looks.
 
@@ -233,11 +238,8 @@ def watch_losses(
         opened: the run, with its training images.
         pictures: as in training, but for crops and flips: each is seen as it is, cut in the centre.
         averages: of what learns.
-        beside: a training folder; held-out images are in `validation` beside it, unless their folder is given.
+        heldout: where held-out images are.
         learns_text: the text encoder, or rows of its tokens, learn.
-        captions: as for ``images.read_folder``.
-        image_column: likewise.
-        caption_column: likewise.
 
     Raises:
         UsageError: there is no such folder, or the weights are spread over processes.
@@ -254,25 +256,30 @@ def watch_losses(
                 f"--heldout_steps {config.heldout_steps}: not with {run.accelerator.distributed_type.value}, where no "
                 "process holds the whole model; leave it out"
             )
-        flag, folder = "--validation_data_dir", config.validation_data_dir or beside.resolve().parent / "validation"
+        flag, folder = "--validation_data_dir", config.validation_data_dir
+        folder = folder or heldout.beside.resolve().parent / "validation"
         if not folder.is_dir():
             raise UsageError(
                 f"--heldout_steps {config.heldout_steps}: there is no folder {folder}; name one with {flag}"
             )
-        heldout = read_folder(folder, flag, captions=captions, image_column=image_column, caption_column=caption_column)
+        found = read_folder(
+            folder,
+            flag,
+            captions=heldout.captions,
+            image_column=heldout.image_column,
+            caption_column=heldout.caption_column,
+        )
         trained = {image.content: image for image in opened.images}
         # Blank slices are equal wherever they were cut; what is learned from cannot be held out.
-        apart = [image for image in heldout if image.content not in trained]
+        apart = [image for image in found if image.content not in trained]
         if not apart:
             raise InputError(
-                f"{flag} {folder}: all its {len(heldout)} images are training images; name a folder of others"
+                f"{flag} {folder}: all its {len(found)} images are training images; name a folder of others"
             )
-        if len(apart) < len(heldout):
-            run.say(
-                f"note: {len(heldout) - len(apart)} of {len(heldout)} held-out images are training images; left out"
-            )
-        for name, found in (("validation", apart), ("train", list(trained.values()))):
-            chosen = spread_over_captions(found, config.heldout_images)
+        if len(apart) < len(found):
+            run.say(f"note: {len(found) - len(apart)} of {len(found)} held-out images are training images; left out")
+        for name, images in (("validation", apart), ("train", list(trained.values()))):
+            chosen = spread_over_captions(images, config.heldout_images)
             sets[name] = [way for (way,) in make_pictures(chosen, models, plain)]
     flat = [picture for members in sets.values() for picture in members]
     texts = sorted({picture.image.caption for picture in flat})
