@@ -104,8 +104,7 @@ def train(
         _restore(window, state, accelerator)
         run.say(f"continuing after step {done}, from {run.checkpoint}")
 
-    # Reading a number off a GPU waits for it, so there finite values are checked where numbers are read anyway.
-    reads_are_free = accelerator.device.type == "cpu"
+    reads_are_free = reading_waits_for_nothing(accelerator.device)
     begun_s = time.perf_counter() - elapsed_s
     with (
         _termination() as terminated,
@@ -164,6 +163,14 @@ def train(
             if stop and not last:
                 run.say(f"terminated; continue from checkpoint-{number} with the same command")
                 raise Terminated
+
+
+def reading_waits_for_nothing(device: torch.device) -> bool:
+    """Tell whether a loss may be looked at after every step.
+
+    Reading a number off a GPU waits for it, so there finite values are checked where numbers are read anyway.
+    """
+    return device.type == "cpu"
 
 
 def _backward(accelerator: Any, model: nn.Module, loss: Loss, update: Update) -> tuple[Tensor, list[Tensor]]:
