@@ -1,8 +1,9 @@
 """Grey PNG pictures, written fast.
 
 Encoding is what slicing spends its time on. Noisy scans hold no repeated strings, and looking for them costs the time
-of a general encoder; the difference to the row above, coded by frequency and runs alone, is as small. Pillow cannot be
-told to combine the two, hence these lines.
+of a general encoder; the difference to the row above, coded by frequency, is as small. ISA-L does that three times as
+fast as zlib, and no PNG library can be told to use it, hence these lines. Its bytes may differ between kinds of
+processor; the pixels never do.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import struct
 import zlib
 
 import numpy as np
+from isal import isal_zlib
 from numpy.typing import NDArray
 
 _SIGNATURE = b"\x89PNG\r\n\x1a\n"
@@ -28,9 +30,8 @@ def encode(picture: NDArray[np.uint8]) -> bytes:
     lines[:, 0] = _UP
     lines[0, 1:] = picture[0]
     np.subtract(picture[1:], picture[:-1], out=lines[1:, 1:])
-    coder = zlib.compressobj(level=1, strategy=zlib.Z_RLE)
     header = struct.pack(">IIBBBBB", columns, rows, 8, 0, 0, 0, 0)
-    data = coder.compress(lines.data) + coder.flush()
+    data = isal_zlib.compress(lines.data, 1)
     return _SIGNATURE + _chunk(b"IHDR", header) + _chunk(b"IDAT", data) + _chunk(b"IEND", b"")
 
 
