@@ -12,6 +12,7 @@ Saves   pytorch_lora_weights.safetensors, for diffusers' load_lora_weights().
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from configs.load import command
@@ -69,82 +70,44 @@ def main(config: LoraRun) -> None:
 
 def train_lora(opened: Opened, config: LoraRun) -> None:
     """Train in a run that was opened, on images that passed the checks."""
-    from functools import partial
-
     from finetune.core.averages import Averages
-    from finetune.core.batches import captioned_batches
-    from finetune.core.loop import train
-    from finetune.core.models import Denoiser
-    from finetune.core.objective import denoising_loss
+    from finetune.core.body import image_batches, train_and_save
     from finetune.core.optimizer import learning_rates
-    from finetune.core.previews import Previews
     from finetune.core.prior import with_prior
-    from finetune.core.trainable import checkpoint_gradients, lora_adapters
-    from finetune.core.watch import watch_losses
+    from finetune.core.trainable import lora_adapters
+    from finetune.core.watch import HeldOut
     from finetune.core.weights import save_lora
 
-    run, models, schedule, images = opened.run, opened.models, opened.schedule, opened.images
-    learns_text = config.text_encoder.train_text_encoder
-    batches = captioned_batches(
-        images,
-        models,
-        config.pictures,
-        config.noise,
-        run,
-        num_timesteps=schedule.num_timesteps,
-        learns_text=learns_text,
-        balance=config.images.balanced_keys,
+    run, models = opened.run, opened.models
+    batches = image_batches(
+        opened, config, learns_text=config.text_encoder.train_text_encoder, balance=config.images.balanced_keys
     )
-    updates = with_prior(
-        batches, opened, config.prior, config.pictures, config.noise, learns_text=learns_text, adapts=True
-    )
-    models.unet.to(run.weight_dtype)
+    updates = with_prior(batches, opened, config.prior, adapts=True)
     rate, text_rate = learning_rates(config.train, config.text_encoder, run.accelerator.num_processes)
+    models.unet.to(run.weight_dtype)
     learns = lora_adapters(models, config.lora, learning_rate=rate, seed=run.seed, text_encoder_rate=text_rate)
     averages = Averages(learns, config.ema)
-    if config.train.gradient_checkpointing:
-        checkpoint_gradients(models)
-    loss = partial(denoising_loss, schedule=schedule, snr_gamma=config.objective.snr_gamma)
-    previews = Previews(
-        models,
-        config.previews,
-        run,
-        size=batches.size,
-        steps_per_epoch=batches.steps_per_epoch,
-        averages=averages,
-    )
-    watch = watch_losses(
-        config.watch,
-        opened,
-        config.pictures,
-        averages,
+    heldout = HeldOut(
         beside=config.images.train_data_dir[0],
-        learns_text=learns_text,
         image_column=config.images.image_column,
         caption_column=config.images.caption_column,
     )
-    run.say(
-        f"LoRA: {learns.num_weights:,} weights learn from {len(images)} images in {run.total_steps} steps "
-        f"of {config.train.train_batch_size} x {config.train.gradient_accumulation_steps} images, seed {run.seed}"
-    )
 
-    if run.checkpoint is None:
-        previews.show(0)
-        watch.look(0)
-    denoiser = Denoiser(models.text_encoder, models.unet)
-    for step in train(run, denoiser, learns, updates, loss, config.train, averages):
-        averages.update()
-        run.log(step)
-        previews.show(step.number)
-        watch.look(step.number)
+    def save() -> Path:
+        provenance = opened.provenance("lora", batches, config.prior)
+        return save_lora(run.folder, models, provenance)
 
-    if run.is_main:
-        provenance = opened.provenance("lora", height=batches.size, width=batches.size, prior=config.prior)
-        with averages.in_place():
-            run.say(f"saved {save_lora(run.folder, models, provenance)}; next:")
-    run.say(
-        f"  python -m eval.generate --pretrained_model_name_or_path {models.name} --adapter {run.folder} "
-        f'--prompts "{images[0].caption}" --num_images 4 --seed 0 --output_dir {run.folder}-slices'
+    train_and_save(
+        opened,
+        config,
+        batches=batches,
+        updates=updates,
+        learns=learns,
+        averages=averages,
+        heldout=heldout,
+        says=f"LoRA: {learns.num_weights:,} weights learn",
+        save=save,
+        uses=f"--pretrained_model_name_or_path {models.name} --adapter {run.folder}",
     )
 
 

@@ -17,6 +17,7 @@ from __future__ import annotations
 import dataclasses
 import os
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -30,6 +31,7 @@ from finetune.core.config import (
     PreviewConfig,
     RefusedConfig,
     TrainConfig,
+    WatchConfig,
     need_not_negative,
     need_positive,
     refuse,
@@ -105,6 +107,7 @@ class PivotalTuningRun:
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     ema: EmaConfig = field(default_factory=EmaConfig)
     previews: PreviewConfig = field(default_factory=lambda: PreviewConfig(validation_steps=100))
+    watch: WatchConfig = field(default_factory=WatchConfig)
     hub: HubConfig = field(default_factory=HubConfig)
     refused: RefusedConfig = field(default_factory=RefusedConfig)
 
@@ -177,30 +180,22 @@ def main(config: PivotalTuningRun) -> None:
 
 def train_word_and_adapters(opened: Opened, config: PivotalTuningRun, alone: int) -> None:
     """Train in a run that was opened, on images that passed the checks; the adapters begin after ``alone`` updates."""
-    from functools import partial
-
     from finetune.core.averages import Averages
-    from finetune.core.batches import captioned_batches
-    from finetune.core.loop import train
-    from finetune.core.models import Denoiser
-    from finetune.core.objective import denoising_loss
+    from finetune.core.body import image_batches, train_and_save
     from finetune.core.optimizer import base_learning_rate, learning_rates
-    from finetune.core.previews import Previews
     from finetune.core.prior import with_prior
-    from finetune.core.tokens import add_word
-    from finetune.core.trainable import Group, Learns, checkpoint_gradients, lora_adapters
-    from finetune.core.weights import save_embeddings, save_lora
+    from finetune.core.tokens import add_word, heldout_images
+    from finetune.core.trainable import Group, Learns, lora_adapters
+    from finetune.core.weights import WordCopies, save_embeddings, save_lora
 
-    run, models, schedule, images = opened.run, opened.models, opened.schedule, opened.images
+    run, models = opened.run, opened.models
     rate, text_rate = learning_rates(config.train, config.text_encoder, run.accelerator.num_processes)
     token_lr = config.pivot.token_lr or config.train.learning_rate
     token_rate = base_learning_rate(config.train, run.accelerator.num_processes, token_lr)
     word = add_word(models, config.tokens)
-    batches = captioned_batches(
-        images, models, config.pictures, config.noise, run, num_timesteps=schedule.num_timesteps, learns_text=True
-    )
+    batches = image_batches(opened, config, learns_text=True)
     # A class prompt gives the rows no gradient, and before the pivot nothing else learns.
-    then = with_prior(batches, opened, config.prior, config.pictures, config.noise, learns_text=True, adapts=True)
+    updates = Staged(first=batches, then=with_prior(batches, opened, config.prior, adapts=True), pivot=alone)
     models.unet.to(run.weight_dtype)
     adapters = lora_adapters(models, config.lora, learning_rate=rate, seed=run.seed, text_encoder_rate=text_rate)
     word.embedding.rows.requires_grad_(True)  # peft has frozen all that it found
@@ -209,40 +204,25 @@ def train_word_and_adapters(opened: Opened, config: PivotalTuningRun, alone: int
         (*rows, *(Group(one.parameters, one.learning_rate, partial(_after, alone)) for one in adapters.groups))
     )
     averages = Averages(learns, config.ema)
-    if config.train.gradient_checkpointing:
-        checkpoint_gradients(models)
-    loss = partial(denoising_loss, schedule=schedule, snr_gamma=config.objective.snr_gamma)
-    previews = Previews(
-        models, config.previews, run, size=batches.size, steps_per_epoch=batches.steps_per_epoch, averages=averages
-    )
-    provenance = opened.provenance("pivotal_tuning", height=batches.size, width=batches.size, prior=config.prior)
-    run.say(
-        f"pivotal tuning: {len(word.pieces)} rows learn {word.placeholder} for {alone} steps, then "
-        f"{adapters.num_weights:,} weights of adapters up to step {run.total_steps}, from "
-        f"{len(images) // config.tokens.repeats} images, seed {run.seed}"
-    )
+    provenance = partial(opened.provenance, "pivotal_tuning", batches, config.prior)
 
-    if run.checkpoint is None:
-        previews.show(0)
-    denoiser = Denoiser(models.text_encoder, models.unet)
-    staged = Staged(first=batches, then=then, pivot=alone)
-    for step in train(run, denoiser, learns, staged, loss, config.train, averages):
-        averages.update()
-        run.log(step)
-        previews.show(step.number)
-        if run.is_main and step.number % config.tokens.save_steps == 0:
-            name = f"learned_embeds-steps-{step.number}.safetensors"
-            with averages.in_place():
-                save_embeddings(run.folder, word, provenance | {"steps": step.number}, name)
+    def save() -> Path:
+        save_embeddings(run.folder, word, provenance())
+        return save_lora(run.folder, models, provenance()).parent
 
-    if run.is_main:
-        with averages.in_place():
-            save_embeddings(run.folder, word, provenance)
-            save_lora(run.folder, models, provenance)
-        run.say(f"saved both files in {run.folder}; next:")
-    run.say(
-        f"  python -m eval.generate --pretrained_model_name_or_path {models.name} --adapter {run.folder} "
-        f'--prompts "{images[0].caption}" --num_images 4 --seed 0 --output_dir {run.folder}-slices'
+    train_and_save(
+        opened,
+        config,
+        batches=batches,
+        updates=updates,
+        learns=learns,
+        averages=averages,
+        heldout=heldout_images(config.instance_data_dir, config.tokens, config.sentences),
+        says=f"pivotal tuning: {len(word.pieces)} rows learn {word.placeholder} for {alone} steps, then "
+        f"{adapters.num_weights:,} weights of adapters",
+        save=save,
+        uses=f"--pretrained_model_name_or_path {models.name} --adapter {run.folder}",
+        observers=[WordCopies(config.tokens.save_steps, run, word, averages, provenance)],
     )
 
 

@@ -11,6 +11,7 @@ Saves   learned_embeds.safetensors, for diffusers' load_textual_inversion().
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -24,6 +25,7 @@ from finetune.core.config import (
     PreviewConfig,
     RefusedConfig,
     TrainConfig,
+    WatchConfig,
 )
 from finetune.core.method_config import EmaConfig, SentenceConfig, TokenConfig
 
@@ -70,6 +72,7 @@ class TextualInversionRun:
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     ema: EmaConfig = field(default_factory=EmaConfig)
     previews: PreviewConfig = field(default_factory=lambda: PreviewConfig(validation_epochs=None))
+    watch: WatchConfig = field(default_factory=WatchConfig)
     hub: HubConfig = field(default_factory=HubConfig)
     prior: NoPriorConfig = field(default_factory=NoPriorConfig)
     refused: RefusedConfig = field(default_factory=RefusedConfig)
@@ -95,60 +98,38 @@ def main(config: TextualInversionRun) -> None:
 
 def train_word(opened: Opened, config: TextualInversionRun) -> None:
     """Train in a run that was opened, on images that passed the checks."""
-    from functools import partial
-
     from finetune.core.averages import Averages
-    from finetune.core.batches import captioned_batches
-    from finetune.core.loop import train
-    from finetune.core.models import Denoiser
-    from finetune.core.objective import denoising_loss
+    from finetune.core.body import image_batches, train_and_save
     from finetune.core.optimizer import base_learning_rate
-    from finetune.core.previews import Previews
-    from finetune.core.tokens import add_word, into_table
-    from finetune.core.trainable import checkpoint_gradients
-    from finetune.core.weights import save_embeddings, save_pipeline
+    from finetune.core.tokens import add_word, heldout_images, into_table
+    from finetune.core.weights import WordCopies, save_embeddings, save_pipeline
 
-    run, models, schedule, images = opened.run, opened.models, opened.schedule, opened.images
+    run, models = opened.run, opened.models
     word = add_word(models, config.tokens)
-    batches = captioned_batches(
-        images, models, config.pictures, config.noise, run, num_timesteps=schedule.num_timesteps, learns_text=True
-    )
+    batches = image_batches(opened, config, learns_text=True)
     models.unet.to(run.weight_dtype)
     learns = word.learns(base_learning_rate(config.train, run.accelerator.num_processes))
     averages = Averages(learns, config.ema)
-    if config.train.gradient_checkpointing:
-        checkpoint_gradients(models)
-    loss = partial(denoising_loss, schedule=schedule, snr_gamma=config.objective.snr_gamma)
-    previews = Previews(
-        models, config.previews, run, size=batches.size, steps_per_epoch=batches.steps_per_epoch, averages=averages
-    )
-    provenance = opened.provenance("textual_inversion", height=batches.size, width=batches.size)
-    run.say(
-        f"Textual Inversion: {len(word.pieces)} rows of {word.rows.shape[1]} numbers learn {word.placeholder} from "
-        f"{len(images) // config.tokens.repeats} images in {run.total_steps} steps, seed {run.seed}"
-    )
+    provenance = partial(opened.provenance, "textual_inversion", batches)
 
-    if run.checkpoint is None:
-        previews.show(0)
-    denoiser = Denoiser(models.text_encoder, models.unet)
-    for step in train(run, denoiser, learns, batches, loss, config.train, averages):
-        averages.update()
-        run.log(step)
-        previews.show(step.number)
-        if run.is_main and step.number % config.tokens.save_steps == 0:
-            name = f"learned_embeds-steps-{step.number}.safetensors"
-            with averages.in_place():
-                save_embeddings(run.folder, word, provenance | {"steps": step.number}, name)
+    def save() -> Path:
+        if config.tokens.save_as_full_pipeline:
+            into_table(models, word)
+            save_pipeline(run.folder, models, provenance())
+        return save_embeddings(run.folder, word, provenance())
 
-    if run.is_main:
-        with averages.in_place():
-            if config.tokens.save_as_full_pipeline:
-                into_table(models, word)
-                save_pipeline(run.folder, models, provenance)
-            run.say(f"saved {save_embeddings(run.folder, word, provenance)}; next:")
-    run.say(
-        f"  python -m eval.generate --pretrained_model_name_or_path {models.name} --adapter {run.folder} "
-        f'--prompts "{images[0].caption}" --num_images 4 --seed 0 --output_dir {run.folder}-slices'
+    train_and_save(
+        opened,
+        config,
+        batches=batches,
+        updates=batches,
+        learns=learns,
+        averages=averages,
+        heldout=heldout_images(config.train_data_dir[0], config.tokens, config.sentences),
+        says=f"Textual Inversion: {len(word.pieces)} rows of {word.rows.shape[1]} numbers learn {word.placeholder}",
+        save=save,
+        uses=f"--pretrained_model_name_or_path {models.name} --adapter {run.folder}",
+        observers=[WordCopies(config.tokens.save_steps, run, word, averages, provenance)],
     )
 
 

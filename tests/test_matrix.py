@@ -21,7 +21,7 @@ from safetensors.torch import load_file
 from test_methods import RECIPES, run_recipe, words_of
 from torch import nn
 
-import finetune.core.loop
+import finetune.core.body
 from configs.errors import UsageError
 from finetune.core.batches import Batch, Update
 from finetune.core.loop import Step
@@ -115,7 +115,7 @@ def mean(values: list[float]) -> float:
 def watched(monkeypatch: pytest.MonkeyPatch) -> Watched:
     """Look over the loop's shoulder: the naive loss of the first update, taken before it, and the loop's own."""
     seen = Watched()
-    real = finetune.core.loop.train
+    real = finetune.core.body.train
 
     def train_and_look(run: Run, denoiser: nn.Module, learns: Any, batches: Any, loss: Any, *rest: Any) -> Any:
         first = getattr(batches, "first", batches)  # pivotal tuning has two stages; its first update is in the first
@@ -134,7 +134,7 @@ def watched(monkeypatch: pytest.MonkeyPatch) -> Watched:
             seen.loss = float(step.loss) if step.number == 1 else seen.loss
             yield step
 
-    monkeypatch.setattr(finetune.core.loop, "train", train_and_look)
+    monkeypatch.setattr(finetune.core.body, "train", train_and_look)
     return seen
 
 

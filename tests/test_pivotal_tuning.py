@@ -156,6 +156,8 @@ def test_prior_rows_come_with_the_adapters_alone(train: Train, whole: Path, tmp_
         more += ["--class_data_dir", tmp_path / "class", "--num_class_images", 4]
     kept = train(*more)
     assert torch.equal(learned(whole, 3)[ROWS], learned(kept, 3)[ROWS])
+    told = json.loads((kept / "provenance.json").read_text())
+    assert told["prior"] == {"source": source, "class_prompt": "b", "weight": 1.0}
     first, second = learned(whole, 6), learned(kept, 6)
     assert any(not torch.equal(first[name], second[name]) for name in first)
 

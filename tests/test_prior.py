@@ -78,7 +78,7 @@ def make_prior(toy_sd: Path, captioned_images: Path, tmp_path: Path) -> Iterator
         batches = captioned_batches(
             images, opened.models, PICTURES, NOISE, opened.run, num_timesteps=1000, learns_text=learns_text
         )
-        joined = with_prior(batches, opened, config, PICTURES, NOISE, learns_text=learns_text, adapts=adapts)
+        joined = with_prior(batches, opened, config, adapts=adapts)
         assert isinstance(joined, WithPrior)
         return opened, joined
 

@@ -13,12 +13,13 @@ import pytest
 from PIL import Image
 from safetensors.torch import load_file
 from scipy.stats import ttest_1samp, ttest_rel
+from test_methods import run_recipe, words_of
 
 from configs.errors import InputError, UsageError
 from configs.load import load
 from finetune.core.config import WatchConfig
 from finetune.core.images import CaptionedImage
-from finetune.core.models import LORA_FILE
+from finetune.core.models import EMBEDDINGS_FILE, LORA_FILE
 from finetune.core.watch import spread_over_captions, summary
 from finetune.lora import LoraRun, main
 
@@ -98,6 +99,24 @@ def test_a_resumed_run_saw_the_losses_of_the_uninterrupted_one(train: Train, tmp
     for name in ("checkpoint-4", "checkpoint-6"):
         shutil.rmtree(folder / name, ignore_errors=True)
     assert rows_of(train("--heldout_steps", 1)) == whole
+
+
+@pytest.mark.parametrize("recipe", ["textual_inversion", "pivotal_tuning"])
+def test_a_new_word_is_looked_at_in_the_sentences_it_is_learned_in(recipe: str, toy_sd: Path, tmp_path: Path) -> None:
+    data = write_images(tmp_path / "data" / "train", 0, 8)
+    write_images(tmp_path / "data" / "validation", 1, 5)
+    words = words_of(recipe, toy_sd, data, tmp_path)
+    words += ["--instance_prompt", "a <new>"]
+    run_recipe(recipe, [*words, "--output_dir", str(tmp_path / "plain")])
+    run_recipe(recipe, [*words, "--heldout_steps", "2"])
+    whole = [row for row in rows_of(tmp_path / "run") if row["band"] is None and row["caption"] is None]
+    assert [(row["step"], row["set"], row["n"]) for row in whole] == [
+        (step, name, n) for step in (0, 2, 4, 6) for name, n in (("validation", 5), ("train", 8))
+    ]
+    assert {row["caption"] for row in rows_of(tmp_path / "run")} == {None, "a <new>"}
+    assert all(row["change"] != 0 for row in whole[2:])
+    plain, watched = (load_file(tmp_path / name / EMBEDDINGS_FILE)["<new>"] for name in ("plain", "run"))
+    assert np.array_equal(plain.numpy(), watched.numpy())
 
 
 def test_another_seed_is_looked_at_with_the_same_triples(train: Train, tmp_path: Path) -> None:

@@ -116,6 +116,11 @@ class CaptionedBatches:
     process_index: int
 
     @property
+    def learns_text(self) -> bool:
+        """Whether prompts are token ids, for a text encoder that learns."""
+        return not self.prompts.is_floating_point()
+
+    @property
     def steps_per_epoch(self) -> int:
         """Optimizer updates in as many images as there are; the last may be short."""
         return self.train.steps_per_epoch(len(self.pictures), self.num_processes)

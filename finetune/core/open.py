@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 
 from configs.errors import UsageError
+from finetune.core.batches import CaptionedBatches
 from finetune.core.card import write_card
 from finetune.core.config import HubConfig, ModelConfig, NoiseConfig, PictureConfig, TrainConfig
 from finetune.core.flips import ways_to_show
@@ -75,15 +76,15 @@ class Opened:
         """Where the forward pass runs."""
         return self.run.accelerator.device
 
-    def provenance(self, method: str, *, height: int, width: int, prior: PriorConfig | None = None) -> dict[str, Any]:
-        """Return what the weights say about where they come from; pictures are made in this size unless asked for."""
+    def provenance(self, method: str, batches: CaptionedBatches, prior: PriorConfig | None = None) -> dict[str, Any]:
+        """Return what the weights say about where they come from, and in which size pictures are made of them."""
         return {
             "method": method,
             "base_model": self.base,
             **self.data,
             "config_hash": self.run.config_hash,
-            "height": height,
-            "width": width,
+            "height": batches.size,
+            "width": batches.size,
             "scheduler": dict(self.models.scheduler.config),
             "steps": self.run.total_steps,
             **(prior.provenance if prior else {}),

@@ -41,8 +41,8 @@ class Previews:
     steps_per_epoch: int
     averages: Averages | None = None
 
-    def show(self, step: int) -> None:
-        """Render and keep the pictures, if they are due after this step; training's own draws are not touched.
+    def look(self, step: int) -> bool:
+        """Render and keep the pictures, if they are due after this step; never end the run.
 
         They are due before the first step, at the set interval, and after the last step.
         """
@@ -51,7 +51,7 @@ class Previews:
         is_due = step % every == 0 or step == self.run.total_steps
         prompts, count = self.config.prompts, self.config.num_validation_images
         if not (self.run.is_main and prompts and is_due) or self.run.train.dry_run:
-            return
+            return False
         from eval.sampling import contact_sheet, decode, sample_latents
 
         starts = self._starts() * len(prompts)
@@ -67,8 +67,9 @@ class Previews:
             pictures = decode(self.models, latents, requests)  # in float32: half precision overflows in this VAE
         except TisserandError as error:
             self.run.say(f"note: no preview at step {step}: {error}")
-            return
+            return False
         self.run.show(contact_sheet(pictures, len(prompts), count, labels=prompts), step)
+        return False
 
     def _starts(self) -> list[Image.Image]:
         """Return the pictures to start from, in the size of the previews."""

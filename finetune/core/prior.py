@@ -28,8 +28,7 @@ from tqdm import tqdm
 from configs.errors import InputError, UsageError
 from data_prep.manifest import METADATA_NAME
 from eval.config import SamplingConfig
-from finetune.core.batches import Batch, Batches, Update, captioned_batches
-from finetune.core.config import NoiseConfig, PictureConfig
+from finetune.core.batches import Batch, Batches, CaptionedBatches, Update, captioned_batches
 from finetune.core.images import SUFFIXES, CaptionedImage, data_hash, read_folder
 from finetune.core.method_config import PriorConfig
 from finetune.core.models import Denoiser, Models, encode_prompts, tokenize
@@ -134,27 +133,15 @@ class BasePrediction:
         return Update(batches=batches, weight=update.weight, num_images=update.num_images)
 
 
-def with_prior(
-    batches: Batches,
-    opened: Opened,
-    config: PriorConfig,
-    pictures: PictureConfig,
-    noise: NoiseConfig,
-    *,
-    learns_text: bool,
-    adapts: bool,
-) -> Batches:
+def with_prior(batches: CaptionedBatches, opened: Opened, config: PriorConfig, *, adapts: bool) -> Batches:
     """Put prior rows beside the images, or return the batches as they are without ``--with_prior_preservation``.
 
     To be called while the models are still those of the base: they generate the missing class images.
 
     Args:
-        batches: of the images.
+        batches: of the images; class images become training pictures as they do.
         opened: the run.
         config: which prior.
-        pictures: how class images become training pictures.
-        noise: as for the images.
-        learns_text: the text encoder, or rows of its tokens, learn.
         adapts: what learns are adapters, which can be switched off; else a frozen copy of the base is kept.
 
     Raises:
@@ -163,7 +150,7 @@ def with_prior(
     """
     if not config.with_prior_preservation:
         return batches
-    run, models, schedule = opened.run, opened.models, opened.schedule
+    run, models, schedule, learns_text = opened.run, opened.models, opened.schedule, batches.learns_text
     if config.prior_source == "base_prediction":
         _check_schedule(opened)
         prompts = prior_prompts(config)
@@ -172,12 +159,11 @@ def with_prior(
         run.say(f"prior: the base model's predictions for {len(prompts)} prompts, weight {config.prior_loss_weight:g}")
         rows = BasePrediction(predict=predict, prompts=tokens, schedule=schedule, seed=run.seed)
         return WithPrior(images=batches, prior=rows, loss_weight=config.prior_loss_weight, schedule=schedule)
-    size = pictures.resolution or models.size_px
-    images = class_images(opened, config, size)
+    images = class_images(opened, config, batches.size)
     run.inputs["class_data_dir"] = data_hash(images)
-    unturned = dataclasses.replace(pictures, flips={})  # declared for axes of slices, which class images have not
+    unturned = dataclasses.replace(batches.config, flips={})  # declared for axes of slices, which class images have not
     prior = captioned_batches(
-        images, models, unturned, noise, run, num_timesteps=schedule.num_timesteps, learns_text=learns_text
+        images, models, unturned, batches.noise, run, num_timesteps=schedule.num_timesteps, learns_text=learns_text
     )
     # Draws of their own: an image and the class image beside it must not share noise and timestep.
     prior = dataclasses.replace(prior, seed=counter_seed(run.seed, "prior", 0))

@@ -17,6 +17,7 @@ from finetune.core.images import CaptionedImage, raise_together, read_folder
 from finetune.core.method_config import SentenceConfig, TokenConfig
 from finetune.core.models import Models
 from finetune.core.trainable import Group, Learns, always
+from finetune.core.watch import HeldOut
 from prompts.templates import fill
 
 ROWS = "token_rows"
@@ -127,12 +128,8 @@ def word_images(
     Raises:
         InputError: as ``images.read_folder``, or a caption does not hold the word: it would give its rows no gradient.
     """
-    word, captions = tokens.placeholder_token, fill(tokens.learnable_property, tokens.placeholder_token)
-    if sentences.instance_prompt is not None:
-        captions = (sentences.instance_prompt,)
-    if sentences.caption_column is not None:
-        captions = ()
-    column = sentences.caption_column or "text"
+    word = tokens.placeholder_token
+    captions, column = _sources(tokens, sentences)
     images = [one for folder in folders for one in read_folder(folder, flag, captions=captions, caption_column=column)]
     without = {text: image for image in reversed(images) for text in image.captions if word not in text}
     if sentences.instance_prompt is not None and without:
@@ -141,6 +138,21 @@ def word_images(
         [f"{image.where}: the caption '{text}' does not hold {word}" for text, image in without.items()][::-1]
     )
     return images
+
+
+def heldout_images(beside: Path, tokens: TokenConfig, sentences: SentenceConfig) -> HeldOut:
+    """Return where held-out images of a new word are, and the sentences they come with."""
+    captions, column = _sources(tokens, sentences)
+    return HeldOut(beside=beside, captions=captions, caption_column=column)
+
+
+def _sources(tokens: TokenConfig, sentences: SentenceConfig) -> tuple[tuple[str, ...], str]:
+    """Return the sentences of all images, none where they have their own, and the key of those."""
+    if sentences.caption_column is not None:
+        return (), sentences.caption_column
+    if sentences.instance_prompt is not None:
+        return (sentences.instance_prompt,), "text"
+    return fill(tokens.learnable_property, tokens.placeholder_token), "text"
 
 
 def into_table(models: Models, word: NewWord) -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +14,9 @@ import torch
 from safetensors.torch import save
 from torch import Tensor, nn
 
+from finetune.core.averages import Averages
 from finetune.core.models import EMBEDDINGS_FILE, LORA_FILE, PROVENANCE_KEY, Models, as_pipeline
-from finetune.core.run import PROVENANCE
+from finetune.core.run import PROVENANCE, Run
 from finetune.core.tokens import NewWord
 from finetune.core.trainable import ADAPTER
 
@@ -90,6 +93,33 @@ def save_embeddings(folder: Path, word: NewWord, provenance: dict[str, Any], nam
         _write_provenance(folder, provenance)
     metadata = {"format": "pt", PROVENANCE_KEY: json.dumps(provenance, sort_keys=True)}
     return write_tensors(folder / name, {word.placeholder: word.rows.contiguous()}, metadata)
+
+
+@dataclass(frozen=True)
+class WordCopies:
+    """Copies of the rows of a word as they learn, ``learned_embeds-steps-N.safetensors``: an observer of the run.
+
+    Attributes:
+        every: steps between copies.
+        run: whose folder they go to.
+        word: whose rows.
+        averages: of the rows; they are what is copied, where they are kept.
+        provenance: of the run, but for the steps done.
+    """
+
+    every: int
+    run: Run
+    word: NewWord
+    averages: Averages
+    provenance: Callable[[], dict[str, Any]]
+
+    def look(self, step: int) -> bool:
+        """Write a copy, if one is due after this step; never end the run."""
+        if self.run.is_main and step and step % self.every == 0:
+            name = f"learned_embeds-steps-{step}.safetensors"
+            with self.averages.in_place():
+                save_embeddings(self.run.folder, self.word, self.provenance() | {"steps": step}, name)
+        return False
 
 
 def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> Path:

@@ -1,0 +1,133 @@
+"""The body of a run, one for every recipe: batches of its images; then train, look, save, say what comes next."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Protocol
+
+from finetune.core.averages import Averages
+from finetune.core.batches import Batches, CaptionedBatches, captioned_batches
+from finetune.core.config import ObjectiveConfig, PreviewConfig, WatchConfig
+from finetune.core.loop import train
+from finetune.core.models import Denoiser
+from finetune.core.objective import denoising_loss
+from finetune.core.open import Opened, Recipe
+from finetune.core.previews import Previews
+from finetune.core.run import Run
+from finetune.core.trainable import Learns, checkpoint_gradients
+from finetune.core.watch import HeldOut, watch_losses
+
+
+class Observer(Protocol):
+    """Looks at the models while they learn; leaves them, and training's own draws, as they were."""
+
+    def look(self, step: int) -> bool:
+        """Look, if it is due after this many updates; return whether the run ends with them.
+
+        Every process calls it, before the first update too, with step 0, and must come to the same answer.
+        """
+
+
+class Trains(Recipe, Protocol):
+    """What the settings of a recipe hold, beside those of its method."""
+
+    @property
+    def objective(self) -> ObjectiveConfig:
+        """What is minimised."""
+
+    @property
+    def previews(self) -> PreviewConfig:
+        """Pictures rendered during training."""
+
+    @property
+    def watch(self) -> WatchConfig:
+        """Loss on held-out images."""
+
+
+def image_batches(
+    opened: Opened, config: Recipe, *, learns_text: bool, balance: Sequence[str] = ()
+) -> CaptionedBatches:
+    """Return the updates that the images of a run make; ``learns_text`` and ``balance`` as for captioned_batches."""
+    return captioned_batches(
+        opened.images,
+        opened.models,
+        config.pictures,
+        config.noise,
+        opened.run,
+        num_timesteps=opened.schedule.num_timesteps,
+        learns_text=learns_text,
+        balance=balance,
+    )
+
+
+def train_and_save(
+    opened: Opened,
+    config: Trains,
+    *,
+    batches: CaptionedBatches,
+    updates: Batches,
+    learns: Learns,
+    averages: Averages,
+    heldout: HeldOut,
+    says: str,
+    save: Callable[[], Path],
+    uses: str,
+    observers: Sequence[Observer] = (),
+) -> None:
+    """Train what learns, let every observer look after each update, save, and say how to generate with it.
+
+    Args:
+        opened: the run, with its models as they are to be trained.
+        config: the recipe's settings.
+        batches: of the images.
+        updates: what is trained on: the batches, and the prior beside them if there is one.
+        learns: which parameters, at which rates.
+        averages: of them; previews, held-out losses and what is saved are theirs.
+        heldout: where held-out images are.
+        says: what learns, for the line before the first step.
+        save: writes what users load, and returns its path; the main process calls it, with the averages in place.
+        uses: the options with which ``eval.generate`` loads it.
+        observers: of the method's own, beside previews and held-out losses.
+    """
+    run, models = opened.run, opened.models
+    if config.train.gradient_checkpointing:
+        checkpoint_gradients(models)
+    loss = partial(denoising_loss, schedule=opened.schedule, snr_gamma=config.objective.snr_gamma)
+    previews = Previews(
+        models, config.previews, run, size=batches.size, steps_per_epoch=batches.steps_per_epoch, averages=averages
+    )
+    watch = watch_losses(config.watch, opened, config.pictures, averages, heldout, learns_text=batches.learns_text)
+    looking = (watch, *observers, previews)
+    num_images = len({image.path for image in opened.images})
+    run.say(
+        f"{says} from {num_images} images in {run.total_steps} steps of {config.train.train_batch_size} x "
+        f"{config.train.gradient_accumulation_steps} images, seed {run.seed}"
+    )
+
+    if run.checkpoint is None:
+        _look(looking, run, 0)
+    denoiser = Denoiser(models.text_encoder, models.unet)
+    for step in train(run, denoiser, learns, updates, loss, config.train, averages):
+        averages.update()
+        run.log(step)
+        if _look(looking, run, step.number):
+            break
+
+    if run.is_main:
+        with averages.in_place():
+            run.say(f"saved {save()}; next:")
+    run.say(
+        f'  python -m eval.generate {uses} --prompts "{opened.images[0].caption}" --num_images 4 --seed 0 '
+        f"--output_dir {run.folder}-slices"
+    )
+
+
+def _look(observers: Sequence[Observer], run: Run, step: int) -> bool:
+    """Let all look; where one ends the run, this becomes its last step, also for those that look after it."""
+    ends = False
+    for observer in observers:
+        if observer.look(step):
+            ends, run.total_steps = True, step
+    return ends
