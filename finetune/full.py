@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 
 from configs.load import command
 from finetune.core.config import (
+    DriftWatchConfig,
     HubConfig,
     ImageFolderConfig,
     ModelConfig,
@@ -48,6 +49,7 @@ class FullRun:
     ema: EmaConfig = field(default_factory=EmaConfig)
     previews: PreviewConfig = field(default_factory=lambda: PreviewConfig(validation_epochs=5))
     watch: WatchConfig = field(default_factory=WatchConfig)
+    drift: DriftWatchConfig = field(default_factory=DriftWatchConfig)
     hub: HubConfig = field(default_factory=HubConfig)
     refused: RefusedConfig = field(default_factory=RefusedConfig)
 

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 
 from configs.load import command
 from finetune.core.config import (
+    DriftWatchConfig,
     HubConfig,
     ImageFolderConfig,
     ModelConfig,
@@ -50,6 +51,7 @@ class LoraRun:
     ema: EmaConfig = field(default_factory=EmaConfig)
     previews: PreviewConfig = field(default_factory=PreviewConfig)
     watch: WatchConfig = field(default_factory=WatchConfig)
+    drift: DriftWatchConfig = field(default_factory=DriftWatchConfig)
     hub: HubConfig = field(default_factory=HubConfig)
     refused: RefusedConfig = field(default_factory=RefusedConfig)
 

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 
 from configs.load import command
 from finetune.core.config import (
+    DriftWatchConfig,
     HubConfig,
     ModelConfig,
     NoiseConfig,
@@ -69,6 +70,7 @@ class LoraDreamBoothRun:
     ema: EmaConfig = field(default_factory=EmaConfig)
     previews: PreviewConfig = field(default_factory=lambda: PreviewConfig(validation_epochs=50))
     watch: WatchConfig = field(default_factory=WatchConfig)
+    drift: DriftWatchConfig = field(default_factory=DriftWatchConfig)
     hub: HubConfig = field(default_factory=HubConfig)
     refused: RefusedConfig = field(default_factory=RefusedConfig)
 

@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING
 
 from configs.load import command
 from finetune.core.config import (
+    DriftWatchConfig,
     HubConfig,
     ModelConfig,
     NoiseConfig,
@@ -108,6 +109,7 @@ class PivotalTuningRun:
     ema: EmaConfig = field(default_factory=EmaConfig)
     previews: PreviewConfig = field(default_factory=lambda: PreviewConfig(validation_steps=100))
     watch: WatchConfig = field(default_factory=WatchConfig)
+    drift: DriftWatchConfig = field(default_factory=DriftWatchConfig)
     hub: HubConfig = field(default_factory=HubConfig)
     refused: RefusedConfig = field(default_factory=RefusedConfig)
 

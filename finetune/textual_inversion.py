@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 
 from configs.load import command
 from finetune.core.config import (
+    DriftWatchConfig,
     HubConfig,
     ModelConfig,
     NoiseConfig,
@@ -27,26 +28,10 @@ from finetune.core.config import (
     TrainConfig,
     WatchConfig,
 )
-from finetune.core.method_config import EmaConfig, SentenceConfig, TokenConfig
+from finetune.core.method_config import EmaConfig, NoPriorConfig, SentenceConfig, TokenConfig
 
 if TYPE_CHECKING:
     from finetune.core.open import Opened
-
-
-@dataclass(frozen=True, kw_only=True)
-class NoPriorConfig:
-    """What has no place here."""
-
-    with_prior_preservation: bool = False
-    """Refused: a prompt without the new word gives its rows no gradient."""
-
-    def __post_init__(self) -> None:
-        """Say why."""
-        if self.with_prior_preservation:
-            raise ValueError(
-                "--with_prior_preservation: a class prompt does not hold the new word: its rows get no gradient from "
-                "it, and nothing else learns here that could be forgotten"
-            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,6 +58,7 @@ class TextualInversionRun:
     ema: EmaConfig = field(default_factory=EmaConfig)
     previews: PreviewConfig = field(default_factory=lambda: PreviewConfig(validation_epochs=None))
     watch: WatchConfig = field(default_factory=WatchConfig)
+    drift: DriftWatchConfig = field(default_factory=DriftWatchConfig)
     hub: HubConfig = field(default_factory=HubConfig)
     prior: NoPriorConfig = field(default_factory=NoPriorConfig)
     refused: RefusedConfig = field(default_factory=RefusedConfig)

@@ -9,7 +9,8 @@ from typing import Protocol
 
 from finetune.core.averages import Averages
 from finetune.core.batches import Batches, CaptionedBatches, captioned_batches
-from finetune.core.config import ObjectiveConfig, PreviewConfig, WatchConfig
+from finetune.core.config import DriftWatchConfig, ObjectiveConfig, PreviewConfig, WatchConfig
+from finetune.core.drift_watch import DriftWatch
 from finetune.core.loop import train
 from finetune.core.models import Denoiser
 from finetune.core.objective import denoising_loss
@@ -44,6 +45,10 @@ class Trains(Recipe, Protocol):
     @property
     def watch(self) -> WatchConfig:
         """Loss on held-out images."""
+
+    @property
+    def drift(self) -> DriftWatchConfig:
+        """What becomes of prompts of other things."""
 
 
 def image_batches(
@@ -96,10 +101,24 @@ def train_and_save(
         checkpoint_gradients(models)
     loss = partial(denoising_loss, schedule=opened.schedule, snr_gamma=config.objective.snr_gamma)
     previews = Previews(
-        models, config.previews, run, size=batches.size, steps_per_epoch=batches.steps_per_epoch, averages=averages
+        models,
+        config.previews,
+        run,
+        shape=next(iter(batches.shapes)),
+        steps_per_epoch=batches.steps_per_epoch,
+        averages=averages,
     )
-    watch = watch_losses(config.watch, opened, config.pictures, averages, heldout, learns_text=batches.learns_text)
-    looking = (watch, *observers, previews)
+    watch = watch_losses(
+        config.watch,
+        opened,
+        config.pictures,
+        averages,
+        heldout,
+        learns_text=batches.learns_text,
+        for_drift=config.drift.drift_probes is not None,
+    )
+    drift = DriftWatch(config.drift, opened, learns, averages, watch, size=batches.size)
+    looking = (drift, watch, *observers, previews)
     num_images = len({image.path for image in opened.images})
     run.say(
         f"{says} from {num_images} images in {run.total_steps} steps of {config.train.train_batch_size} x "
@@ -115,6 +134,7 @@ def train_and_save(
         if _look(looking, run, step.number):
             break
 
+    drift.finish()
     if run.is_main:
         with averages.in_place():
             run.say(f"saved {save()}; next:")

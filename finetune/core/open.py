@@ -77,16 +77,23 @@ class Opened:
         return self.run.accelerator.device
 
     def provenance(self, method: str, batches: CaptionedBatches, prior: PriorConfig | None = None) -> dict[str, Any]:
-        """Return what the weights say about where they come from, and in which size pictures are made of them."""
+        """Return what the weights say about where they come from, and in which shapes pictures are made of them."""
+        shapes = batches.shapes
+        height, width = next(iter(shapes))
         return {
             "method": method,
             "base_model": self.base,
             **self.data,
             "config_hash": self.run.config_hash,
-            "height": batches.size,
-            "width": batches.size,
+            "height": height,
+            "width": width,
+            "shapes": [
+                {"height": rows, "width": columns, "captions": dict(captions)}
+                for (rows, columns), captions in shapes.items()
+            ],
             "scheduler": dict(self.models.scheduler.config),
             "steps": self.run.total_steps,
+            "planned_steps": self.run.planned_steps,
             **(prior.provenance if prior else {}),
         }
 
