@@ -79,8 +79,6 @@ def test_gradient_checkpointing_shows_in_the_estimate(models: Models) -> None:
 
 @pytest.mark.parametrize("name", ["adamw", "adafactor", "prodigy"])
 def test_the_optimizer_keeps_what_was_said(models: Models, name: str) -> None:
-    if name == "prodigy":
-        pytest.importorskip("prodigyopt")
     config = settings(optimizer=name, learning_rate=1.0)
     parameters = {key: torch.nn.Parameter(torch.ones(40, 30, 3, 3)) for key in ("a", "b")}
     optimizer = make_optimizer(Learns((Group(parameters, 1.0),)), config)

@@ -87,8 +87,6 @@ def do_steps(learns: Learns, optimizer: torch.optim.Optimizer, first: int, last:
 
 @pytest.mark.parametrize("name", ["adamw", "adafactor", "prodigy"])
 def test_every_optimizer_goes_on_bitwise_from_a_checkpoint(name: str, tmp_path: Path) -> None:
-    if name == "prodigy":
-        pytest.importorskip("prodigyopt")
     config = settings(optimizer=name, learning_rate=1.0)
     learns = make_learns(0)
     begun = {key: value.detach().clone() for key, value in learns.parameters.items()}
@@ -115,7 +113,6 @@ def test_adafactor_uses_the_rate_asked_for() -> None:
 
 
 def test_prodigy_refuses_two_rates_and_small_ones() -> None:
-    pytest.importorskip("prodigyopt")
     learns = Learns((Group({"a": nn.Parameter(torch.ones(2))}, 1.0), Group({"b": nn.Parameter(torch.ones(2))}, 0.5)))
     with pytest.raises(UsageError, match="--optimizer prodigy: finds one learning rate for all"):
         make_optimizer(learns, settings(optimizer="prodigy", learning_rate=1.0))

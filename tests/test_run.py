@@ -69,8 +69,6 @@ def test_trackers_are_named_as_asked(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["adafactor", "prodigy"])
 def test_a_recipe_goes_on_bitwise_with_every_optimizer(name: str, asked: list[str], tmp_path: Path) -> None:
-    if name == "prodigy":
-        pytest.importorskip("prodigyopt")
     asked = [*asked, "--optimizer", name, "--learning_rate", "1", "--lr_scheduler", "cosine", "--lr_warmup_steps", "1"]
     main(load(LoraRun, asked))
     whole = load_file(tmp_path / "run" / LORA_FILE)
