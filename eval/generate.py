@@ -15,14 +15,20 @@ import json
 import re
 import shlex
 import sys
-from collections.abc import Sequence
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from configs.errors import UsageError
 from configs.load import Repeatable, command, save
 from eval.config import SamplingConfig, each_scale
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from eval.sampling import Request
 
 SHEET_COLUMNS = 8
 SHEET_ROWS = 60
@@ -98,44 +104,52 @@ def main(config: GenerateConfig) -> None:
     provenances = [pipeline_provenance(config.pretrained_model_name_or_path), *tuned.provenances]
     for note in _near_captions(grid.prompts, captions_of(provenances)):
         print(note, file=sys.stderr)
-    settings = resolve_size(config.sampling, size_of(provenances), tuned.models.size_px)
-    config = dataclasses.replace(config, sampling=settings)
+    settings = {
+        prompt: resolve_size(config.sampling, size_of(provenances, prompt), tuned.models.size_px)
+        for prompt in grid.prompts
+    }
+    sizes = {(one.height, one.width): one for one in settings.values()}
+    if len(sizes) == 1:
+        config = dataclasses.replace(config, sampling=next(iter(sizes.values())))
 
-    requests, shown = grid.requests, []
+    requests = grid.requests
+    shown: dict[int, np.ndarray] = {}
     columns = min(len(grid.seeds), SHEET_COLUMNS)
     with publish(config.output_dir, overwrite=config.overwrite, mark="records.jsonl") as folder:
-        records = []
+        records: dict[int, dict[str, object]] = {}
         if scales:
             (folder / "tiff").mkdir()
         bar = tqdm(total=len(requests), desc="generating", unit="picture", disable=None)
-        for start in range(0, len(requests), settings.batch_size):
-            batch = requests[start : start + settings.batch_size]
-            pictures = sample(tuned.models, batch, settings)
+        for places in _batches(requests, settings):
+            batch = [requests[place] for place in places]
+            pictures = sample(tuned.models, batch, settings[batch[0][0]])
             require_light(pictures, batch)
-            for index, (picture, (prompt, seed)) in enumerate(zip(pictures, batch, strict=True), start=start):
+            for index, picture, (prompt, seed) in zip(places, pictures, batch, strict=True):
                 name = picture_name(index // len(grid.seeds), prompt, seed)
                 Image.fromarray(picture).save(folder / name)
-                record = _record(name, prompt, seed, settings, base, tuned.adapters)
+                record = _record(name, prompt, seed, settings[prompt], base, tuned.adapters)
                 if scales:
                     record["tiff"] = f"tiff/{Path(name).stem}.tif"
                     spread = write_slice(folder / str(record["tiff"]), picture, scales[prompt])
                     record["channel_spread"] = round(spread, 3)
-                records.append(record)
+                records[index] = record
                 if index % len(grid.seeds) < columns and index // len(grid.seeds) < SHEET_ROWS:
-                    shown.append(picture)
+                    shown[index] = picture
             bar.update(len(batch))
         bar.close()
         rows = min(len(grid.prompts), SHEET_ROWS)
         labels = [prompt or "(empty prompt)" for prompt in grid.prompts[:rows]]
         headers = [f"seed {seed}" for seed in grid.seeds[:columns]]
-        contact_sheet(shown, rows, columns, labels, headers).save(folder / "contact_sheet.png")
-        text = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+        cells = _in_one_size([shown[place] for place in sorted(shown)])
+        contact_sheet(cells, rows, columns, labels, headers).save(folder / "contact_sheet.png")
+        text = "".join(json.dumps(records[place], ensure_ascii=False) + "\n" for place in sorted(records))
         (folder / "records.jsonl").write_text(text, encoding="utf-8")
         write_grid(folder / "grid.json", grid)
         save(config, folder / "config.yaml")
 
     print(
-        f"{len(records)} pictures of {settings.height} x {settings.width} px in {config.output_dir}: "
+        f"{len(records)} pictures of {', '.join(f'{height} x {width}' for height, width in sizes)} px in "
+        f"{config.output_dir}: "
         f"{len(grid.prompts)} prompts x {len(grid.seeds)} seeds; look at {config.output_dir / 'contact_sheet.png'}"
     )
     dataset = dataset_of([*config.adapter, Path(config.pretrained_model_name_or_path)])
@@ -158,6 +172,28 @@ def resolve_size(settings: SamplingConfig, trained: tuple[int, int] | None, own:
             f"{-(-height // 8) * 8} --width {-(-width // 8) * 8}"
         )
     return dataclasses.replace(settings, height=height, width=width)
+
+
+def _batches(requests: Sequence[Request], settings: Mapping[str, SamplingConfig]) -> Iterator[list[int]]:
+    """Yield the places of requests that are generated together: of one size, in their order."""
+    places = defaultdict(list)
+    for place, (prompt, _) in enumerate(requests):
+        places[settings[prompt].height, settings[prompt].width].append(place)
+    for of_one_size in places.values():
+        size = settings[requests[of_one_size[0]][0]].batch_size
+        yield from (of_one_size[start : start + size] for start in range(0, len(of_one_size), size))
+
+
+def _in_one_size(pictures: Sequence[np.ndarray]) -> list[np.ndarray]:
+    """Return pictures (H, W, 3) in the size of the largest sides, on white."""
+    import numpy as np
+
+    height, width = (max(picture.shape[axis] for picture in pictures) for axis in (0, 1))
+    ends = [(height - picture.shape[0], width - picture.shape[1]) for picture in pictures]
+    return [
+        np.pad(picture, ((0, rows), (0, columns), (0, 0)), constant_values=255)
+        for picture, (rows, columns) in zip(pictures, ends, strict=True)
+    ]
 
 
 def picture_name(number: int, prompt: str, seed: int) -> str:

@@ -52,13 +52,32 @@ def captions_of(provenances: Sequence[Mapping[str, object]]) -> list[str]:
     return sorted(found)
 
 
-def size_of(provenances: Sequence[Mapping[str, object]]) -> tuple[int, int] | None:
-    """Return (height, width) in pixels that the last adapter was trained at, if it says so."""
+def size_of(provenances: Sequence[Mapping[str, object]], prompt: str | None = None) -> tuple[int, int] | None:
+    """Return (height, width) in pixels that the last adapter was trained at, if it says so.
+
+    For a prompt that is a training caption it is the size that came with it most often; else that of most pictures.
+    """
     for provenance in reversed(provenances):
-        height, width = provenance.get("height"), provenance.get("width")
-        if isinstance(height, int) and isinstance(width, int):
-            return height, width
+        listed = provenance.get("shapes")
+        for shape in sorted(listed if isinstance(listed, list) else [], key=lambda shape: -_count(shape, prompt)):
+            if _count(shape, prompt) and (size := _size(shape)):
+                return size
+        if size := _size(provenance):
+            return size
     return None
+
+
+def _count(shape: object, prompt: str | None) -> int:
+    """Return how many training pictures of a shape came with a prompt as their caption."""
+    captions = shape.get("captions") if isinstance(shape, dict) else None
+    count = captions.get(prompt) if isinstance(captions, dict) else None
+    return count if isinstance(count, int) else 0
+
+
+def _size(told: Mapping[str, object]) -> tuple[int, int] | None:
+    """Return the height and width that something tells, or None."""
+    height, width = told.get("height"), told.get("width")
+    return (height, width) if isinstance(height, int) and isinstance(width, int) else None
 
 
 def base_mismatch(provenances: Sequence[Mapping[str, object]], base_hash: str) -> str:

@@ -24,6 +24,7 @@ def folder(tmp_path: Path) -> Path:
         "method": "lora",
         "base_model": {"name": "some/base", "hash": "ab" * 32},
         "data": {"train_data_dir": "weave", "n_images": 9},
+        "shapes": [{"height": 40, "width": 24, "captions": {}}, {"height": 24, "width": 40, "captions": {}}],
         "captions": ["sf_dry sf_warp", NASTY, *(f"caption {number}" for number in range(40))],
         "window": {"vol|ume": [0, 255]},
         "config_hash": "cd" * 32,
@@ -47,7 +48,17 @@ def folder(tmp_path: Path) -> Path:
 
 def test_the_card_tells_base_data_method_settings_and_metrics(folder: Path) -> None:
     text = write_card(folder).read_text()
-    told = ["`some/base`", "ab" * 32, "`weave`", "low-rank adapters", "rank: 4", "| `0.25` |", "`12.5`", "`0.125`"]
+    told = [
+        "`some/base`",
+        "ab" * 32,
+        "`weave`",
+        "low-rank adapters",
+        "rank: 4",
+        "| `0.25` |",
+        "`12.5`",
+        "`0.125`",
+        "`40x24, 24x40`",
+    ]
     assert all(piece in text for piece in told)
     assert "0.75" not in text  # one band of the held-out loss
     assert "and 12 more" in text

@@ -197,6 +197,38 @@ def test_a_tuned_pipeline_is_generated_at_the_size_it_was_trained_at(
     assert capsys.readouterr().out.splitlines()[-1].startswith(words)
 
 
+def test_each_caption_is_generated_in_the_shape_it_was_trained_in(toy_sd: Path, tmp_path: Path) -> None:
+    """Pictures of one request do not depend on the shapes of the others."""
+    from test_methods import run_recipe, words_of
+
+    images = tmp_path / "images"
+    images.mkdir()
+    random = np.random.default_rng(0)
+    rows = []
+    for number, (shape, text) in enumerate([((24, 40), "wide"), ((40, 24), "high"), ((24, 40), "wide")]):
+        Image.fromarray(random.integers(0, 255, shape, dtype=np.uint8)).save(images / f"{number}.png")
+        rows.append(json.dumps({"file_name": f"{number}.png", "text": text}) + "\n")
+    (images / "metadata.jsonl").write_text("".join(rows))
+    more = ["--buckets", "--max_train_steps", "1", "--validation_prompt", "high", "--num_validation_images", "1"]
+    run_recipe("lora", [*words_of("lora", toy_sd, images, tmp_path), *more])
+    from eval.sampling import contact_sheet
+
+    sheet = contact_sheet([np.zeros((24, 40, 3), np.uint8)], 1, 1, labels=["high"])
+    with Image.open(tmp_path / "run" / "previews" / "step-000001.png") as preview:
+        assert preview.size == sheet.size
+
+    def generate(*prompts: str) -> list[np.ndarray]:
+        out = tmp_path / "-".join(prompts)
+        main(GenerateConfig(pretrained_model_name_or_path=str(toy_sd), adapter=(tmp_path / "run",), prompts=prompts,
+                            num_images=2, sampling=FAST, output_dir=out))  # fmt: skip
+        assert [record["prompt"] for record in records(out)] == [prompt for prompt in prompts for _ in range(2)]
+        return [np.asarray(Image.open(out / str(record["file_name"]))) for record in records(out)]
+
+    together, alone = generate("high", "wide", "other"), generate("high")
+    assert [picture.shape[:2] for picture in together] == [(40, 24)] * 2 + [(24, 40)] * 4
+    assert np.array_equal(together[:2], alone)
+
+
 @pytest.mark.parametrize("scales", [("0.5", "1"), ("1", "1", "1", "1")])
 def test_strengths_that_nobody_gets_are_refused(scales: tuple[str, ...]) -> None:
     words = ["--adapter", "a", "--adapter", "b", "--adapter", "c", "--adapter_scale", *scales]

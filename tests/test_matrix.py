@@ -66,7 +66,7 @@ ALL = list(itertools.product(*AXES.values()))
 def refusal(cell: Cell) -> str:
     """Return what the message of a cell that cannot be says, or nothing."""
     if "textual_inversion" in cell and "none" not in cell:
-        return "--with_prior_preservation: a class prompt does not hold the new word"
+        return "a class prompt does not hold the new word"
     if "base" in cell and "zero" in cell:
         return "--prior_source base_prediction: the base model never saw the noise schedule of --rescale_betas_zero_snr"
     return ""
@@ -165,8 +165,6 @@ def go(toy_sd: Path, toy_sd_v: Path, oblong: Path, classes: Path, tmp_path: Path
 
     def run(cell: Cell, folder: str, steps: int) -> Path:
         values = [AXES[axis][value] for axis, value in zip(AXES, cell, strict=True)]
-        if "textual_inversion" in cell and "none" not in cell:  # whose other options it does not even have
-            values[2] = "--with_prior_preservation"
         # Ending in pure noise, a schedule needs v: the same toy, declared to predict it.
         toy = toy_sd_v if "zero" in cell else toy_sd
         more = f"--output_dir {tmp_path / folder} --max_train_steps {steps} --checkpointing_steps 1 --logging_steps 1"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import fields
 from functools import partial
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from safetensors.torch import load_file
 from configs.errors import InputError, UsageError
 from configs.load import load
 from eval.config import SamplingConfig
+from finetune.core.method_config import PriorConfig
 from finetune.core.models import EMBEDDINGS_FILE, Models, load_adapter, load_models, set_adapter_scale
 from finetune.textual_inversion import TextualInversionRun, main
 
@@ -168,9 +170,11 @@ def test_rows_learn_in_half_precision(train: Train) -> None:
     assert len(rows.unique(dim=0)) == 2  # both began as the same row
 
 
-def test_prior_preservation_is_refused_with_the_reason(train: Train) -> None:
-    with pytest.raises(UsageError, match="does not hold the new word: its rows get no gradient"):
-        train("--with_prior_preservation")
+@pytest.mark.parametrize("name", [field.name for field in fields(PriorConfig)])
+def test_options_of_a_prior_are_refused_with_the_reason(train: Train, name: str) -> None:
+    values = {"with_prior_preservation": [], "prior_source": ["class_images"]}
+    with pytest.raises(UsageError, match=f"--{name}: a class prompt does not hold the new word: its rows get no grad"):
+        train(f"--{name}", *values.get(name, ["1"]))
 
 
 @pytest.mark.parametrize(("kind", "count"), [("object", 27), ("style", 19)])

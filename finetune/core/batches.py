@@ -32,6 +32,7 @@ from finetune.core.pictures import (
     bucket_of,
     bucket_step,
     bucket_table,
+    captions_by_shape,
     check_decodable,
     load_pixels,
     turned_shape,
@@ -114,6 +115,11 @@ class CaptionedBatches:
     train: TrainConfig
     num_processes: int
     process_index: int
+
+    @property
+    def shapes(self) -> dict[Shape, Counter[str]]:
+        """The shapes of the pictures, that of most first, with how often each caption comes with it."""
+        return captions_by_shape(picture for ways in self.pictures for picture in ways)
 
     @property
     def learns_text(self) -> bool:

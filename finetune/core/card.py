@@ -72,7 +72,8 @@ def _metadata(base: str, method: str) -> dict[str, Any]:
 def _data(told: Mapping[str, Any]) -> dict[str, object]:
     """Return what is said about the images."""
     windows = {f"window of {name}": json.dumps(window) for name, window in told.get("window", {}).items() if window}
-    return {**told.get("data", {}), **windows}
+    shapes = ", ".join(f"{shape['height']}x{shape['width']}" for shape in told.get("shapes", []))
+    return {**told.get("data", {}), "rows x columns of the pictures, most frequent first": shapes, **windows}
 
 
 def _captions(captions: Sequence[object]) -> str:

@@ -5,7 +5,7 @@ Spelled as in diffusers' example scripts; defaults are theirs unless the field s
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Literal
 
@@ -159,6 +159,40 @@ class PriorConfig:
             return {}
         said = {"source": self.prior_source, "class_prompt": self.class_prompt, "weight": self.prior_loss_weight}
         return {"prior": said}
+
+
+@dataclass(frozen=True, kw_only=True)
+class NoPriorConfig:
+    """Options of prior preservation, refused where nothing but the rows of a new word learns."""
+
+    with_prior_preservation: bool = False
+    """Refused: a prompt without the new word gives its rows no gradient."""
+    prior_source: str | None = None
+    """Refused."""
+    class_data_dir: Path | None = None
+    """Refused."""
+    class_prompt: str | None = None
+    """Refused."""
+    num_class_images: int | None = None
+    """Refused."""
+    prior_prompts_file: Path | None = None
+    """Refused."""
+    prior_loss_weight: float | None = None
+    """Refused."""
+    sample_batch_size: int | None = None
+    """Refused."""
+    prior_generation_precision: str | None = None
+    """Refused."""
+
+    def __post_init__(self) -> None:
+        """Say why."""
+        for option in fields(self):
+            if getattr(self, option.name) != option.default:
+                raise ValueError(
+                    f"--{option.name}: a class prompt does not hold the new word: its rows get no gradient from it, "
+                    "and nothing else learns here that could be forgotten; leave it out (finetune/pivotal_tuning.py "
+                    "takes a prior beside its adapters)"
+                )
 
 
 def check_folders(instance: InstanceConfig, prior: PriorConfig) -> None:

@@ -223,6 +223,16 @@ def bucket_table(pictures: Sequence[Picture]) -> str:
     return "\n".join("  " + "  ".join(map(str.ljust, line, widths)).rstrip() for line in lines)
 
 
+def captions_by_shape(pictures: Iterable[Picture]) -> dict[Shape, Counter[str]]:
+    """Return how often each caption comes with each shape, that of most pictures first; each picture counts once."""
+    unique = {(picture.image.path, picture.turn): picture for picture in pictures}.values()
+    captions: dict[Shape, Counter[str]] = defaultdict(Counter)
+    for picture in unique:
+        captions[picture.shape].update(picture.captions)
+    counts = Counter(picture.shape for picture in unique)
+    return {shape: captions[shape] for shape in sorted(counts, key=lambda shape: (-counts[shape], shape))}
+
+
 def _by(shape: Shape) -> str:
     """Return a shape as text, rows first."""
     return f"{shape[0]}x{shape[1]}"

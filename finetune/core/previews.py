@@ -11,6 +11,7 @@ from eval.config import Sampler, SamplingConfig
 from finetune.core.averages import Averages
 from finetune.core.config import PreviewConfig
 from finetune.core.models import Models
+from finetune.core.pictures import Shape
 from finetune.core.run import Run
 
 if TYPE_CHECKING:
@@ -28,7 +29,7 @@ class Previews:
         models: adapters included.
         config: prompts, pictures a prompt or pictures to start from, and how often.
         run: for its folder, its trackers and its autocast.
-        size: side of the pictures, px.
+        shape: rows and columns of the pictures, px.
         steps_per_epoch: for an interval in epochs.
         averages: shown in the place of what learns, where they are kept.
     """
@@ -37,7 +38,7 @@ class Previews:
     config: PreviewConfig
     run: Run
     _: KW_ONLY
-    size: int
+    shape: Shape
     steps_per_epoch: int
     averages: Averages | None = None
 
@@ -58,7 +59,7 @@ class Previews:
         count = len(self.config.validation_images) or count
         requests = [(prompt, seed) for prompt in prompts for seed in range(count)]
         settings = SamplingConfig(
-            scheduler=_SAMPLERS[self.config.validation_scheduler], height=self.size, width=self.size
+            scheduler=_SAMPLERS[self.config.validation_scheduler], height=self.shape[0], width=self.shape[1]
         )
         averaged = self.averages.in_place() if self.averages else nullcontext()
         with averaged, self.run.accelerator.autocast():
@@ -72,14 +73,14 @@ class Previews:
         return False
 
     def _starts(self) -> list[Image.Image]:
-        """Return the pictures to start from, in the size of the previews."""
+        """Return the pictures to start from, in the shape of the previews."""
         from PIL import Image, ImageOps
 
         found = []
         for path in self.config.validation_images:
             try:
                 with Image.open(path) as picture:
-                    found.append(ImageOps.fit(picture.convert("RGB"), (self.size, self.size)))
+                    found.append(ImageOps.fit(picture.convert("RGB"), self.shape[::-1]))
             except OSError as error:
                 raise InputError(f"--validation_images {path}: not readable as a picture ({error})") from None
         return found
