@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+LARGEST_TILE = 196
+"""Fits the thin side of real volumes and is a multiple of 14, so that larger encoders can read the same tile."""
+SMALLEST_TILE = 16
+"""Four strided convolutions."""
 Sampler = Literal["dpmsolver++", "unipc", "ddim", "euler", "pndm", "ddpm", "model"]
 
 
@@ -42,6 +46,33 @@ class SamplingConfig:
                 raise ValueError(f"{flag} {value}: a multiple of 8 is needed; nearest: {below} or {below + 8}")
 
 
+@dataclass(frozen=True, kw_only=True)
+class SlicesConfig:
+    """Which real and generated slices are compared, and how they are cut."""
+
+    real: Path
+    """Dataset folder written by `python -m data_prep.slice`, with its train/ and validation/."""
+    generated: Path
+    """Folder written by `python -m eval.generate`, with its records.jsonl."""
+    pretrained_model_name_or_path: str | None = None
+    """Model behind the slices; its VAE gives the round trip. Default: the one named in the records."""
+    vocabulary: Path | None = None
+    """YAML file with the words of the captions. Default: the built-in ones."""
+    tile_size: int | None = None
+    """Side of the tiles compared, in px, at native scale. Default: what fits real and generated slices, at most 196."""
+    bootstrap_draws: int = 500
+    """Resamples behind each interval."""
+    seed: int = 0
+    """Of the tiles drawn, of whatever is trained on them, and of the resampling."""
+
+    def __post_init__(self) -> None:
+        """Refuse tiles and intervals that say nothing."""
+        if self.bootstrap_draws < 100:
+            raise ValueError(f"--bootstrap_draws {self.bootstrap_draws}: at least 100")
+        if self.tile_size is not None and self.tile_size < SMALLEST_TILE:
+            raise ValueError(f"--tile_size {self.tile_size}: at least {SMALLEST_TILE} px")
+
+
 def each_scale(adapters: Sequence[Path], scales: Sequence[float]) -> tuple[float, ...]:
     """Return the strength of each adapter: one for all, or one each, in the order they were given.
 
@@ -56,3 +87,17 @@ def each_scale(adapters: Sequence[Path], scales: Sequence[float]) -> tuple[float
             f"--adapter_scale {shown}: {len(scales)} for {len(adapters)} --adapter; one for all, or one each"
         )
     return tuple(scales)
+
+
+ENCODERS = ("clip", "dinov2", "sscd")
+
+
+def check_encoders(encoders: Mapping[str, Path], allowed: Sequence[str] = ENCODERS) -> None:
+    """Refuse encoders that a command has no use for.
+
+    Raises:
+        ValueError: naming the flag and what it takes.
+    """
+    for kind, folder in encoders.items():
+        if kind not in allowed:
+            raise ValueError(f"--encoder {kind}={folder}: {kind} is not one of {', '.join(allowed)}")

@@ -5,7 +5,8 @@ r"""What did the model forget? The same probe prompts and seeds through the base
 
 Needs no outside weights: how far the predictions moved, how much of the pictures looks like a training slice, how much
 of their colour and brightness is left. Per prompt, per set, and the worst prompt, beside what the base shows against
-itself with other seeds. Writes results.jsonl, side_by_side.png, base/, tuned/, records.jsonl and config.yaml.
+itself with other seeds. --encoder clip=DIR adds whether the pictures still follow their prompts. --sweep 0.25 0.5 tries
+weaker adapters. Writes results.jsonl, side_by_side.png, base/, tuned/, records.jsonl and config.yaml; sweep.jsonl.
 """
 
 from __future__ import annotations
@@ -14,22 +15,25 @@ import dataclasses
 import json
 import shlex
 import sys
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
-from configs.errors import UsageError
+from configs.errors import GateError, UsageError
 from configs.load import Repeatable, command, save
-from eval.config import SamplingConfig, each_scale
+from eval.config import SamplingConfig, check_encoders, each_scale
 
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
     from torch import Tensor
 
+    from eval.drift_scores import Views
+    from eval.encoders import Encoder
     from eval.leak import LeakNet
     from eval.results import Result, Verdict
+    from eval.verdicts import Policy
     from finetune.core.models import Models
     from prompts.probes import Probe
 
@@ -54,8 +58,8 @@ class DriftConfig:
     """Strength of the adapters, one for all or one each in their order; 0 leaves an adapter out exactly."""
     probes: str = "tiny"
     """Built-in list (tiny, stable_diffusion), or a probe file (YAML, or text with a prompt per line)."""
-    full: bool = False
-    """Ask all probes of the list, not only those of its short check."""
+    mode: Literal["pulse", "light", "full"] = "light"
+    """pulse: only how far the predictions moved, no pictures; light: the list's short check; full: all its probes."""
     num_images: int = 4
     """Pictures per probe. Fewer than 4 are shown but not judged; how far the predictions moved needs none."""
     seed: int = 0
@@ -69,7 +73,11 @@ class DriftConfig:
     num_slices: int = 192
     """Training slices to learn their texture from."""
     policy: str = "guard"
-    """What counts as drift: guard, strict (half the margins), report (judges nothing), or a YAML file with limits."""
+    """What counts as drift: guard, strict (half the margins; a stop exits with 5), report (judges nothing), a file."""
+    sweep: tuple[float, ...] = ()
+    """Weaker strengths of the adapters to try as well, as shares of --adapter_scale, such as 0.25 0.5 0.75."""
+    encoder: dict[str, Path] = field(default_factory=dict)
+    """Local encoders that also look at the pictures: clip=DIR, dinov2=DIR; folders with safetensors."""
     sampling: SamplingConfig = SamplingConfig(num_inference_steps=20, batch_size=32)
     output_dir: Path
     """Folder to write."""
@@ -84,6 +92,16 @@ class DriftConfig:
             if getattr(self, flag) < 1:
                 raise ValueError(f"--{flag} {getattr(self, flag)}: at least 1")
         each_scale(self.adapter, self.adapter_scale)
+        if self.sweep and (self.base is not None or not self.adapter):
+            raise ValueError(
+                "--sweep: only adapters have a strength; leave it out for a tuned pipeline with its --base"
+            )
+        if self.sweep and self.mode == "pulse":
+            raise ValueError("--sweep: compares pictures, which --mode pulse does not make; leave one out")
+        if any(not 0 < strength < 1 for strength in self.sweep) or len(set(self.sweep)) < len(self.sweep):
+            shown = " ".join(map(str, self.sweep))
+            raise ValueError(f"--sweep {shown}: different strengths between 0 and 1; 1 is always there")
+        check_encoders(self.encoder, ("clip", "dinov2"))
         if not 0 <= self.seed < 2**62:
             raise ValueError(f"--seed {self.seed}: from 0 to 2^62")
 
@@ -93,7 +111,7 @@ class Evidence:
     """Everything that was made with the models, before any of it is judged.
 
     Letters: P probes, S seeds, C captions, K latents, T timesteps. Pictures (P, S, H, W, 3) uint8, of ``base_more``
-    (N, H, W, 3); predictions (P or C, K, T, 4, h, w).
+    (N, H, W, 3), S = 0 in a pulse; predictions (P or C, K, T, 4, h, w).
     """
 
     base: NDArray[np.uint8]
@@ -107,6 +125,14 @@ class Evidence:
     tuned_caption_predictions: Tensor | None
 
 
+@dataclass(frozen=True, kw_only=True)
+class Latents:
+    """What the base made, before decoding, of the probes and of the captions: (P or C, K, 4, h, w)."""
+
+    probes: Tensor
+    captions: Tensor | None
+
+
 def main(config: DriftConfig) -> None:
     """Make the pictures and predictions of both models, score them, and publish the folder when it is whole."""
     from data_prep.manifest import METADATA_NAME, check_free, publish, sha256_of
@@ -115,16 +141,17 @@ def main(config: DriftConfig) -> None:
 
     check_free(config.output_dir, overwrite=config.overwrite, mark="results.jsonl")
     policy = read_policy(config.policy)
-    probes = [probe for probe in read_probes(config.probes) if config.full or probe.is_light]
+    probes = [probe for probe in read_probes(config.probes) if config.mode == "full" or probe.is_light]
     if not probes:
-        raise UsageError(f"--probes {config.probes}: marks no probe as light; pass --full")
+        raise UsageError(f"--probes {config.probes}: marks no probe as light; pass --mode full")
 
-    from eval.drift_scores import score_drift
+    from eval.drift_scores import score_drift, sweep_rows
     from eval.provenance import base_mismatch, captions_of, dataset_of, pipeline_provenance
     from eval.results import command_line, write_results
     from eval.sampling import load_tuned
     from finetune.core.models import model_hash
 
+    encoders = _encoders(config)
     base_name = config.base or config.pretrained_model_name_or_path
     tuned = load_tuned(config.pretrained_model_name_or_path, config.adapter, config.adapter_scale)
     base = tuned.models if config.base is None else load_tuned(config.base).models
@@ -146,86 +173,184 @@ def main(config: DriftConfig) -> None:
         hashes["tuned"] = model_hash(config.pretrained_model_name_or_path)
     if config.real is not None and (metadata := _train_folder(config.real) / METADATA_NAME).is_file():
         hashes["train"] = sha256_of(metadata)
+    hashes |= {f"encoder {one.kind}": one.hash for one in encoders}
     # Adapters were trained on the model they sit on, a tuned pipeline on its base.
     other = base_mismatch(tuned.provenances, hashes.get("tuned", hashes["base"]))
     if config.base is not None:
         other = other or base_mismatch(provenances[-1:], hashes["base"])
     if other:
         print(f"note: the adapter was trained on another base model ({other})", file=sys.stderr)
-    evidence = gather(config, probes, base, tuned.models)
+    evidence, latents = gather(config, probes, base, tuned.models)
     detector, why_blind, controls = _learn_slices(config, base, evidence)
-    rows, per_picture = score_drift(probes, evidence, detector, why_blind, policy)
+
+    def judged(found: Evidence) -> tuple[list[Result], list[dict[str, float]]]:
+        views = [view_with(encoder, [probe.prompt for probe in probes], found) for encoder in encoders]
+        return score_drift(probes, found, detector, why_blind, policy, views)
+
+    rows, per_picture = judged(evidence)
     repeat = command_line("eval.drift", config)
     rows = [dataclasses.replace(row, hashes=hashes, command=repeat) for row in (*rows, *controls)]
+    weaker = {
+        strength: at_strength(config, probes, evidence, latents, tuned.models, strength)
+        for strength in sorted(config.sweep)
+    }
+    tried = [
+        row for strength, found in weaker.items() for row in sweep_rows(judged(found)[0], found, evidence, strength)
+    ]
+    if tried:
+        tried += sweep_rows(rows, evidence, evidence, 1.0)
 
     with publish(config.output_dir, overwrite=config.overwrite, mark="results.jsonl") as folder:
         write_results(folder / "results.jsonl", rows)
-        _save_pictures(folder, config, probes, evidence, per_picture)
+        if tried:
+            swept = [dataclasses.replace(row, hashes=hashes, command=repeat) for row in tried]
+            write_results(folder / "sweep.jsonl", swept)
+        if config.mode != "pulse":
+            _save_pictures(folder, config, probes, evidence, per_picture, weaker)
         save(config, folder / "config.yaml")
     print(_table(rows))
-    print(f"look at {config.output_dir / 'side_by_side.png'}")
+    for line in _swept(tried):
+        print(line)
+    if config.mode != "pulse":
+        print(f"look at {config.output_dir / 'side_by_side.png'}")
     print(f"next: {_next(config)}")
+    _pass_gate(config, policy, rows)
 
 
-def gather(config: DriftConfig, probes: Sequence[Probe], base: Models, tuned: Models) -> Evidence:
+def _encoders(config: DriftConfig) -> list[Encoder]:
+    """Load the encoders asked for."""
+    if not config.encoder:
+        return []
+    from eval.encoders import load_encoder
+
+    return [load_encoder(kind, folder) for kind, folder in config.encoder.items()]
+
+
+def view_with(encoder: Encoder, prompts: Sequence[str], evidence: Evidence) -> Views:
+    """Look at the pictures, and read the prompts, with an encoder."""
+    from eval.drift_scores import Views
+    from eval.encoders import unit
+
+    def seen(pictures: NDArray[np.uint8]) -> NDArray[np.float64]:
+        flat = unit(encoder.images(pictures.reshape(-1, *pictures.shape[2:])))
+        return flat.reshape(*pictures.shape[:2], -1)
+
+    return Views(
+        kind=encoder.kind,
+        texts=None if encoder.texts is None else unit(encoder.texts(prompts)),
+        tuned=seen(evidence.tuned),
+        base=seen(evidence.base),
+        base_again=seen(evidence.base_again),
+    )
+
+
+def _pass_gate(config: DriftConfig, policy: Policy, rows: Sequence[Result]) -> None:
+    """Raise if the policy is a gate and the verdict a stop.
+
+    Raises:
+        GateError: naming the policy, the worst prompt and what stopped it.
+    """
+    overall = next(row for row in rows if row.metric == "worst_prompt")
+    if policy.is_gate and overall.verdict == "stop":
+        raise GateError(
+            f"--policy {config.policy}: drift ({overall.reason}); worst prompt '{overall.prompt}', "
+            f"{overall.unit} {overall.value:.2f}; an earlier checkpoint or a weaker adapter (--sweep) may pass"
+        )
+
+
+def gather(config: DriftConfig, probes: Sequence[Probe], base: Models, tuned: Models) -> tuple[Evidence, Latents]:
     """Run both models; they may be one object with adapters, which are then off for the base's part."""
     import numpy as np
 
-    from eval.divergence import predictions
     from eval.sampling import decode, require_light, sample, sample_latents
     from finetune.core.models import set_adapter_scale
 
     settings, count = config.sampling, config.num_images
     seeds = range(config.seed, config.seed + count)
-    requests = [(probe.prompt, seed) for probe in probes for seed in seeds]
-    others = [(prompt, seed + count) for prompt, seed in requests]
     num_latents = min(2, count)
-
-    def predict(models: Models, prompts: Sequence[str], latents: Tensor) -> Tensor:
-        return predictions(
-            models,
-            prompts,
-            latents,
-            num_timesteps=config.num_timesteps,
-            seed=config.seed,
-            batch_size=settings.batch_size,
-        )
+    has_pictures = config.mode != "pulse"
+    requests = [(probe.prompt, seed) for probe in probes for seed in (seeds if has_pictures else seeds[:num_latents])]
+    others = [(prompt, seed + count) for prompt, seed in requests]
 
     if base is tuned:
         set_adapter_scale(base, 0.0)
-    latents = sample_latents(base, requests, settings, progress="base")
-    pictures = decode(base, latents, requests, batch_size=settings.batch_size)
-    again = sample(base, others, settings, progress="base, other seeds")
-    latents = latents.unflatten(0, (len(probes), count))[:, :num_latents].cpu()
-    prompts = [probe.prompt for probe in probes]
-    base_predictions = predict(base, prompts, latents)
+    made = sample_latents(base, requests, settings, progress="base")
+    latents = made.unflatten(0, (len(probes), -1))[:, :num_latents].cpu()
     # The base makes the most varied pictures of no prompt, and no slices of the captions yet: both show what is none.
-    empty = [("", config.seed + 2 * count + index) for index in range(NUM_EMPTY if config.real else 0)]
+    empty = [("", config.seed + 2 * count + index) for index in range(NUM_EMPTY if config.real and has_pictures else 0)]
     more = [sample(base, empty, settings, progress="base, empty prompt")] if empty else []
     base_in, caption_latents = None, None
     if config.captions:
         asked = [(text, seed) for text in config.captions for seed in seeds[:num_latents]]
         caption_latents = sample_latents(base, asked, settings, progress="base, captions")
         caption_latents = caption_latents.unflatten(0, (len(config.captions), num_latents)).cpu()
-        base_in = predict(base, config.captions, caption_latents)
-        more.append(decode(base, caption_latents.flatten(0, 1), asked, batch_size=settings.batch_size))
-
-    if base is tuned:
-        set_adapter_scale(tuned, 1.0)
-    tuned_pictures = sample(tuned, requests, settings, progress="tuned")
-    for made in (pictures, tuned_pictures):
-        require_light(made, requests)
-    shape = (len(probes), count, *pictures.shape[1:])
-    return Evidence(
+        base_in = _predict(config, base, config.captions, caption_latents)
+        if has_pictures:
+            more.append(decode(base, caption_latents.flatten(0, 1), asked, batch_size=settings.batch_size))
+    base_predictions = _predict(config, base, [probe.prompt for probe in probes], latents)
+    pictures = again = np.zeros((0, settings.height or 0, settings.width or 0, 3), dtype=np.uint8)
+    if has_pictures:
+        pictures = decode(base, made, requests, batch_size=settings.batch_size)
+        again = sample(base, others, settings, progress="base, other seeds")
+        require_light(pictures, requests)
+    shape = (len(probes), count if has_pictures else 0, *pictures.shape[1:])
+    evidence = Evidence(
         base=pictures.reshape(shape),
         base_again=again.reshape(shape),
         base_more=np.concatenate([*more, again[:0]]),
-        tuned=tuned_pictures.reshape(shape),
+        tuned=pictures.reshape(shape),
         base_predictions=base_predictions,
-        tuned_predictions=predict(tuned, prompts, latents),
+        tuned_predictions=base_predictions,
         captions=config.captions,
         base_caption_predictions=base_in,
-        tuned_caption_predictions=None if caption_latents is None else predict(tuned, config.captions, caption_latents),
+        tuned_caption_predictions=base_in,
+    )
+    both = Latents(probes=latents, captions=caption_latents)
+    return at_strength(config, probes, evidence, both, tuned, 1.0), both
+
+
+def at_strength(
+    config: DriftConfig,
+    probes: Sequence[Probe],
+    evidence: Evidence,
+    latents: Latents,
+    tuned: Models,
+    strength: float,
+) -> Evidence:
+    """Return the evidence with the tuned model's part made anew, its adapters at a share of the strength asked for."""
+    from eval.sampling import require_light, sample
+    from finetune.core.models import set_adapter_scale
+
+    if config.base is None:
+        set_adapter_scale(tuned, strength)
+    seeds = range(config.seed, config.seed + evidence.base.shape[1])
+    requests = [(probe.prompt, seed) for probe in probes for seed in seeds]
+    pictures = evidence.base
+    if requests:
+        progress = "tuned" if strength == 1 else f"tuned, strength {strength:g}"
+        made = sample(tuned, requests, config.sampling, progress=progress)
+        require_light(made, requests)
+        pictures = made.reshape(evidence.base.shape)
+    captions = latents.captions
+    return dataclasses.replace(
+        evidence,
+        tuned=pictures,
+        tuned_predictions=_predict(config, tuned, [probe.prompt for probe in probes], latents.probes),
+        tuned_caption_predictions=None if captions is None else _predict(config, tuned, config.captions, captions),
+    )
+
+
+def _predict(config: DriftConfig, models: Models, prompts: Sequence[str], latents: Tensor) -> Tensor:
+    """Predict at the noise levels and with the noise that both models share."""
+    from eval.divergence import predictions
+
+    return predictions(
+        models,
+        prompts,
+        latents,
+        num_timesteps=config.num_timesteps,
+        seed=config.seed,
+        batch_size=config.sampling.batch_size,
     )
 
 
@@ -242,6 +367,8 @@ def _learn_slices(config: DriftConfig, base: Models, evidence: Evidence) -> tupl
     from eval.leak import is_leaked, read_slices, round_trip, train_leak_net
     from eval.results import Result
 
+    if config.mode == "pulse":
+        return None, "a pulse makes no pictures", []
     if config.real is None:
         return None, "no training slices to compare with; give --real DATASET", []
     size = (config.sampling.height or base.size_px, config.sampling.width or base.size_px)
@@ -284,6 +411,7 @@ def _save_pictures(
     probes: Sequence[Probe],
     evidence: Evidence,
     per_picture: Sequence[dict[str, float]],
+    weaker: Mapping[float, Evidence],
 ) -> None:
     """Write all pictures, their records, and the sheet with base and tuned side by side."""
     from PIL import Image
@@ -292,7 +420,8 @@ def _save_pictures(
 
     seeds = range(config.seed, config.seed + config.num_images)
     records = []
-    for role, pictures in (("base", evidence.base), ("tuned", evidence.tuned)):
+    swept = {f"strength-{strength:g}": found.tuned for strength, found in weaker.items()}
+    for role, pictures in {"base": evidence.base, **swept, "tuned": evidence.tuned}.items():
         (folder / role).mkdir()
         for p, probe in enumerate(probes):
             for s, seed in enumerate(seeds):
@@ -336,6 +465,19 @@ def _table(rows: Sequence[Result]) -> str:
         f"leak not measured: {row.reason}" for row in rows if row.metric == "leak" and row.value is None and not row.set
     ]
     return "\n".join(text)
+
+
+def _swept(rows: Sequence[Result]) -> Iterable[str]:
+    """Write a line per strength tried, weakest first, and which is the strongest that does not stop."""
+    worst = {row.set: row for row in rows if row.metric == "sweep_worst_prompt"}
+    moved = {row.set: row for row in rows if row.metric == "sweep_captions_moved"}
+    for name, row in worst.items():
+        learned = moved[name].value if name in moved else None
+        kept = "" if learned is None else f", {learned:.0%} of the change for the captions"
+        yield f"{name}: worst prompt '{row.prompt}', {row.unit} {row.value:.2f}, {row.verdict}{kept}"
+    passed = [name for name, row in worst.items() if row.verdict in {"ok", "warn"}]
+    if worst:
+        yield f"strongest without a stop: {passed[-1]}" if passed else "every strength tried stops"
 
 
 def _worst(verdicts: Sequence[Verdict]) -> str:

@@ -40,6 +40,7 @@ class Score:
         band: rows -> A/A band of a mean over them.
         counts: (P,) whether the probe counts; the others are grey with ``why_not``.
         why_not: reason.
+        tier: ``A`` without outside weights, ``B`` with a local encoder.
     """
 
     metric: str
@@ -49,10 +50,27 @@ class Score:
     band: Callable[[NDArray[np.int64]], Interval]
     counts: NDArray[np.bool_]
     why_not: str
+    tier: str = "A"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Views:
+    """What an encoder sees, as vectors of length 1: texts (P, D), or None without a text side; pictures (P, S, D)."""
+
+    kind: str
+    texts: Floats | None
+    tuned: Floats
+    base: Floats
+    base_again: Floats
 
 
 def score_drift(
-    probes: Sequence[Probe], evidence: Evidence, detector: LeakNet | None, why_blind: str, policy: Policy = GUARD
+    probes: Sequence[Probe],
+    evidence: Evidence,
+    detector: LeakNet | None,
+    why_blind: str,
+    policy: Policy = GUARD,
+    views: Sequence[Views] = (),
 ) -> tuple[list[Result], list[dict[str, float]]]:
     """Return the rows of ``results.jsonl`` and, for each tuned picture in order, its own numbers.
 
@@ -62,7 +80,11 @@ def score_drift(
         detector: recognises training slices; None if there is none that can.
         why_blind: why there is none.
         policy: what counts as drift.
+        views: of the pictures by encoders.
     """
+    if not evidence.tuned.shape[1]:  # a pulse
+        rows = _divergence_rows(probes, evidence, policy)
+        return [*rows, _overall(rows)], []
     colours = _colours(evidence)
     scores = [_colour_score(name, *values) for name, values in colours.items()]
     per_picture = {name: tuned for name, (tuned, _, _) in colours.items()}
@@ -72,6 +94,10 @@ def score_drift(
         leaks = (_patch_shares(detector, evidence.tuned), _patch_shares(detector, evidence.base))
         per_picture["leaked_patches"] = leaks[0]
         scores += [_leak_score(*leaks), _patch_leak_score(*leaks), _retention_score(leaks, colours["colourfulness"])]
+    for view in views:
+        scores.append(_similarity_score(view))
+        if view.texts is not None:
+            scores.append(_follow_score(probes, view, view.texts))
     for score in scores:
         rows += _rows(score, probes, num_seeds, policy)
     if detector is None:
@@ -95,6 +121,7 @@ def _rows(score: Score, probes: Sequence[Probe], num_seeds: int, policy: Policy)
         for index in members:
             one = np.array([index])
             row = Result(metric=score.metric, set=name, prompt=probes[index].shown, n=num_seeds, unit=score.unit)
+            row = replace(row, tier=score.tier)
             if not score.counts[index]:
                 rows.append(replace(row, reason=score.why_not))
                 continue
@@ -106,7 +133,7 @@ def _rows(score: Score, probes: Sequence[Probe], num_seeds: int, policy: Policy)
             rows.append(_band_row(row, band, num_seeds))
         members = members[score.counts[members]]
         count = len(members) * num_seeds
-        row = Result(metric=score.metric, set=name, n=count, unit=score.unit)
+        row = Result(metric=score.metric, set=name, n=count, unit=score.unit, tier=score.tier)
         if not count:
             rows.append(replace(row, reason=score.why_not))
             continue
@@ -147,9 +174,9 @@ def _overall(rows: Sequence[Result]) -> Result:
     """Return the row of the whole check: the worst verdict of all, and the prompt that fared worst."""
     of_prompts = {
         metric: [row for row in rows if row.metric == metric and row.prompt and row.value is not None]
-        for metric in ("retention", "colourfulness_ratio", "divergence")
+        for metric in ("retention", "clip_retention", "colourfulness_ratio", "divergence")
     }
-    if kept := of_prompts["retention"] or of_prompts["colourfulness_ratio"]:
+    if kept := of_prompts["retention"] or of_prompts["clip_retention"] or of_prompts["colourfulness_ratio"]:
         least = min(kept, key=lambda row: row.value or 0.0)
     else:
         least = max(of_prompts["divergence"], key=lambda row: row.value or 0.0)
@@ -310,6 +337,74 @@ def _retention_score(leaks: tuple[Floats, Floats], colours: tuple[Floats, Floats
         counts=counts,
         why_not="the base's own pictures look like slices here",
     )
+
+
+def _follow_score(probes: Sequence[Probe], view: Views, texts: Floats) -> Score:
+    """Return how much of the base's agreement of picture and prompt is left, by an encoder with a text side.
+
+    Cosines less what the base's pictures of other prompts reach: 1 as good as the base, 0 like a random picture.
+    """
+    tuned, base, again = (np.einsum("psd,pd->ps", seen, texts) for seen in (view.tuned, view.base, view.base_again))
+    of_others = np.einsum("qsd,pd->pq", view.base, texts) / view.base.shape[1]
+    np.fill_diagonal(of_others, np.nan)
+    mismatch = np.nanmean(of_others, axis=1, keepdims=True) if len(probes) > 1 else np.zeros((1, 1))
+    above, below, other = tuned - mismatch, base - mismatch, again - mismatch
+    error = below.std(axis=1, ddof=1) / np.sqrt(below.shape[1]) if below.shape[1] > 1 else np.zeros(len(below))
+    counts = (below.mean(axis=1) > 2 * error) & (other.mean(axis=1) > 0) & np.array([bool(p.prompt) for p in probes])
+    floor = np.ones(len(probes))
+    floor[counts] = ratio_of_means(other[counts], below[counts])
+    return Score(
+        metric=f"{view.kind}_retention",
+        unit="share",
+        of=lambda rows: hierarchical(ratio_of_means, above[rows], below[rows]),
+        floor=floor,
+        band=lambda rows: noise_band(floor[counts], len(rows)),
+        counts=counts,
+        why_not=f"the base's own pictures do not follow this prompt clearly, by {view.kind}",
+        tier="B",
+    )
+
+
+def _similarity_score(view: Views) -> Score:
+    """Return how alike pictures of one seed stay: an early warning, since recomposing a picture lowers it too."""
+    same, other = (np.einsum("psd,psd->ps", view.base, seen) for seen in (view.tuned, view.base_again))
+    return Score(
+        metric=f"{view.kind}_similarity",
+        unit="cosine",
+        of=lambda rows: hierarchical(_mean, same[rows]),
+        floor=other.mean(axis=1),
+        band=lambda rows: hierarchical(_mean, other[rows]),
+        counts=np.ones(len(same), dtype=np.bool_),
+        why_not="",
+        tier="B",
+    )
+
+
+def sweep_rows(rows: Sequence[Result], weaker: Evidence, whole: Evidence, strength: float) -> list[Result]:
+    """Return what adapters at a share of their strength forget, and how much of the change for the captions they keep.
+
+    Args:
+        rows: of ``score_drift`` at that strength.
+        weaker: evidence at that strength.
+        whole: evidence at full strength.
+        strength: the share.
+    """
+    name = f"strength {strength:g}"
+    worst_of_all = next(row for row in rows if row.metric == "worst_prompt")
+    found = [replace(worst_of_all, metric="sweep_worst_prompt", set=name)]
+    parts = [
+        divergence_parts(one.tuned_caption_predictions, one.base_caption_predictions)
+        for one in (weaker, whole)
+        if one.tuned_caption_predictions is not None and one.base_caption_predictions is not None
+    ]
+    if len(parts) == 2 and parts[1][0].any():
+        moved, full = (float(ratio_of_means(*part).mean()) for part in parts)
+        reason = (
+            "how far the predictions for the captions moved, over full strength; eval.fidelity says what it is worth"
+        )
+        row = Result(metric="sweep_captions_moved", set=name, value=moved / full, unit="share", reason=reason)
+        found.append(replace(row, n=parts[0][0].size, floor=UNCHANGED))
+    return found
 
 
 def _patch_shares(detector: LeakNet, pictures: NDArray[np.uint8]) -> Floats:

@@ -19,15 +19,17 @@ from __future__ import annotations
 import json
 import shlex
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from configs.errors import InputError
 from configs.load import command, save
+from eval.config import SlicesConfig, check_encoders
 
 if TYPE_CHECKING:
     from eval.distances import Ints
+    from eval.encoders import Encoder
     from eval.features import Grey, Tiles
     from eval.fidelity_descriptors import Compared
     from eval.fidelity_rows import Head, Naming, Seen, Sets
@@ -35,10 +37,6 @@ if TYPE_CHECKING:
     from eval.slice_classifier import Reading, SliceClassifier
     from eval.slice_sets import Generated, RealSlices
 
-LARGEST_TILE = (
-    196  # fits the thin side of real volumes and is a multiple of 14, so that larger encoders can read the same tile
-)
-SMALLEST_TILE = 16  # four strided convolutions
 MOST_FOR_THRESHOLD = 200  # tiles of a state; their pixels are enough for a threshold
 
 
@@ -46,18 +44,9 @@ MOST_FOR_THRESHOLD = 200  # tiles of a state; their pixels are enough for a thre
 class FidelityConfig:
     """Compare generated slices with held-out real ones and with their prompts."""
 
-    real: Path
-    """Dataset folder written by `python -m data_prep.slice`, with its train/ and validation/."""
-    generated: Path
-    """Folder written by `python -m eval.generate`, with its records.jsonl."""
+    slices: SlicesConfig
     output_dir: Path
     """Folder to write."""
-    pretrained_model_name_or_path: str | None = None
-    """Model whose VAE gives the round trip. Default: the one named in the records."""
-    vocabulary: Path | None = None
-    """YAML file with the words of the captions. Default: the built-in ones."""
-    tile_size: int | None = None
-    """Side of the tiles compared, in px, at native scale. Default: what fits real and generated slices, at most 196."""
     train_tiles: int = 400
     """Real tiles per caption that the classifier learns from."""
     held_out_tiles: int = 80
@@ -68,10 +57,10 @@ class FidelityConfig:
     """Held-out slices that the model itself reads, by its loss under each caption; 0: leave it out, 45: a minute."""
     num_timesteps: int = 8
     """Noise levels of that loss."""
-    bootstrap_draws: int = 500
-    """Resamples behind each interval."""
-    seed: int = 0
-    """Of the tiles drawn, the classifier and the resampling."""
+    encoder: dict[str, Path] = field(default_factory=dict)
+    """Local encoders that compare the tiles as well: clip=DIR, dinov2=DIR; folders with safetensors."""
+    torch_fidelity: bool = False
+    """Add FID, KID, precision and recall by torch-fidelity, where it is installed, on the features of --encoder."""
     device: Literal["cpu", "cuda"] = "cpu"
     """Where the classifier and the VAE run. Only the CPU gives the same numbers bit by bit."""
     overwrite: bool = False
@@ -85,12 +74,12 @@ class FidelityConfig:
             ("classifier_steps", 1),
             ("classify_slices", 0),
             ("num_timesteps", 1),
-            ("bootstrap_draws", 100),
         ):
             if getattr(self, name) < least:
                 raise ValueError(f"--{name} {getattr(self, name)}: at least {least}")
-        if self.tile_size is not None and self.tile_size < SMALLEST_TILE:
-            raise ValueError(f"--tile_size {self.tile_size}: at least {SMALLEST_TILE} px")
+        check_encoders(self.encoder, ("clip", "dinov2"))
+        if self.torch_fidelity and not self.encoder:
+            raise ValueError("--torch_fidelity: measures features of an encoder; give --encoder dinov2=DIR")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,14 +100,12 @@ def main(config: FidelityConfig) -> None:
     from eval.fidelity_rows import HEADS, Naming, fidelity_rows, why_not_believed
     from eval.fidelity_swaps import swap_rows
     from eval.results import command_line, write_results
-    from eval.slice_sets import read_generated, read_real
-    from prompts.vocabulary import DEFAULT, read_vocabulary
+    from eval.slice_sets import choose_tile, hashes_of, read_both
 
     check_free(config.output_dir, overwrite=config.overwrite, mark="results.jsonl")
-    vocabulary = read_vocabulary(config.vocabulary) if config.vocabulary else DEFAULT
-    real = read_real(config.real, vocabulary)
-    generated = read_generated(config.generated, real, vocabulary)
-    tile = choose_tile(config, real, generated)
+    encoders = _encoders(config)
+    vocabulary, real, generated = read_both(config.slices)
+    tile = choose_tile(config.slices, real, generated)
     naming = Naming(states=real.states, axes=real.axes, vocabulary=vocabulary)
     drawn = draw(config, real, generated, tile)
     for note in _notes(config, real, generated, drawn, tile):
@@ -133,19 +120,21 @@ def main(config: FidelityConfig) -> None:
         truth["state"],
         truth["axis"],
         num_steps=config.classifier_steps,
-        seed=config.seed,
+        seed=config.slices.seed,
         device=config.device,
     )
     round_trips, no_vae, vae_hash = _round_trips(config, generated, [drawn.held_out.pixels, drawn.aside.pixels])
     sets = _read_sets(model, drawn, naming, real, round_trips, no_vae)
-    rows = fidelity_rows(sets, naming, draws=config.bootstrap_draws, seed=config.seed)
+    rows = fidelity_rows(sets, naming, draws=config.slices.bootstrap_draws, seed=config.slices.seed)
     accuracies = [row for row in rows if row.metric.startswith("accuracy_")]
     rows += swap_rows(sets.generated, {head: why_not_believed(head, accuracies, sets, naming) for head in HEADS})
     rows += _own_reading(config, real, generated, naming)
     compared = _describe_sets(drawn, naming, round_trips)
-    draws, grey = config.bootstrap_draws, sets.leak_unchecked
-    rows += descriptor_rows(compared, naming, grey, draws=draws, seed=config.seed)
-    hashes = _hashes(config, vae_hash or generated.base_hash)
+    draws, grey = config.slices.bootstrap_draws, sets.leak_unchecked
+    rows += descriptor_rows(compared, naming, grey, draws=draws, seed=config.slices.seed)
+    rows += _encoded(config, encoders, sets, drawn, round_trips, naming)
+    hashes = hashes_of(config.slices, vae_hash or generated.base_hash)
+    hashes |= {f"encoder {one.kind}": one.hash for one in encoders}
     rows = [replace(row, hashes=hashes, command=command_line("eval.fidelity", config)) for row in rows]
 
     with publish(config.output_dir, overwrite=config.overwrite, mark="results.jsonl") as folder:
@@ -157,26 +146,53 @@ def main(config: FidelityConfig) -> None:
     for line in _summary(rows):
         print(line)
     print(f"look at {config.output_dir / 'samples.png'} and {config.output_dir / 'confusion.png'}")
-    results = shlex.join([str(config.generated), str(config.output_dir)])
+    results = shlex.join([str(config.slices.generated), str(config.output_dir)])
     print(f"next: python -m eval.report --results {results} --output {config.output_dir.parent / 'report.html'}")
 
 
-def choose_tile(config: FidelityConfig, real: RealSlices, generated: Generated) -> int:
-    """Return the side of the tiles: as asked for, or the largest that fits every slice, at most 196 px.
+def _encoders(config: FidelityConfig) -> list[Encoder]:
+    """Load the encoders asked for, before anything is worked on."""
+    if not config.encoder:
+        return []
+    from eval.encoder_rows import check_torch_fidelity
+    from eval.encoders import load_encoder
 
-    Raises:
-        InputError: the tile does not fit, or the slices are too small to read.
-    """
-    shortest = min(real.shortest_side, *(min(picture.height, picture.width) for picture in generated.pictures))
-    if shortest < SMALLEST_TILE:
-        raise InputError(
-            f"slices of {shortest} px are too small to read; at least {SMALLEST_TILE} px on each side are needed"
+    if config.torch_fidelity:
+        check_torch_fidelity()
+    return [load_encoder(kind, folder) for kind, folder in config.encoder.items()]
+
+
+def _encoded(
+    config: FidelityConfig,
+    encoders: Sequence[Encoder],
+    sets: Sets,
+    drawn: Drawn,
+    round_trips: Sequence[Grey],
+    naming: Naming,
+) -> list[Result]:
+    """Compare the same tiles in the features of each encoder."""
+    if not encoders:
+        return []
+    from eval.encoder_rows import encoder_rows
+
+    pixels = {
+        "held_out": drawn.held_out.pixels,
+        "aside": drawn.aside.pixels,
+        "generated_tiles": drawn.generated.pixels,
+        **({"aside_vae": round_trips[1]} if round_trips else {}),
+    }
+    found = []
+    for encoder in encoders:
+        found += encoder_rows(
+            encoder,
+            sets,
+            pixels,
+            naming,
+            with_torch_fidelity=config.torch_fidelity,
+            draws=config.slices.bootstrap_draws,
+            seed=config.slices.seed,
         )
-    if config.tile_size is not None and config.tile_size > shortest:
-        raise InputError(
-            f"--tile_size {config.tile_size}: the shortest side of a slice is {shortest} px; at most {shortest}"
-        )
-    return config.tile_size or min(LARGEST_TILE, shortest)
+    return found
 
 
 def draw(config: FidelityConfig, real: RealSlices, generated: Generated, tile: int) -> Drawn:
@@ -192,18 +208,19 @@ def draw(config: FidelityConfig, real: RealSlices, generated: Generated, tile: i
     made = read_tiles(generated_cuts(generated.pictures, tile), tile, keep_flat=True)
     most = max(sum(cut.label == label for cut in made.cuts) for label in {cut.label for cut in made.cuts})
     each = max(config.held_out_tiles, most)
-    learning = read_tiles(draw_cuts(cuts.learning, config.train_tiles, config.seed), tile)
+    learning = read_tiles(draw_cuts(cuts.learning, config.train_tiles, config.slices.seed), tile)
     for kind, position, names in (("state", 0, real.states), ("axis", 1, real.axes)):
         for name in names:
             if not any(cut.label[position] == name for cut in learning.cuts):
                 raise InputError(
-                    f"--real {config.real}: no training tile of the {kind} '{name}' shows anything but one grey level"
+                    f"--real {config.slices.real}: no training tile of the {kind} '{name}' shows anything but one "
+                    "grey level"
                 )
     numbers = {picture.path: number for number, picture in enumerate(generated.pictures)}
     return Drawn(
         learning=learning,
-        aside=read_tiles(draw_cuts(cuts.aside, most, config.seed), tile),
-        held_out=read_tiles(draw_cuts(cuts.held_out, each, config.seed), tile),
+        aside=read_tiles(draw_cuts(cuts.aside, most, config.slices.seed), tile),
+        held_out=read_tiles(draw_cuts(cuts.held_out, each, config.slices.seed), tile),
         generated=made,
         owners=[numbers[cut.path] for cut in made.cuts],
     )
@@ -228,7 +245,7 @@ def _notes(config: FidelityConfig, real: RealSlices, generated: Generated, drawn
     if flat:
         yield f"note: {flat} real tiles of a single grey level are left out"
     if not real.validation:
-        yield f"note: {_leak_unchecked(config.real)}"
+        yield f"note: {_leak_unchecked(config.slices.real)}"
 
 
 def _leak_unchecked(folder: Path) -> str:
@@ -256,16 +273,16 @@ def _round_trips(config: FidelityConfig, generated: Generated, sets: Sequence[Gr
     from eval.features import vae_round_trip
     from finetune.core.models import load_models, model_hash
 
-    name = config.pretrained_model_name_or_path or generated.base_model
+    name = config.slices.pretrained_model_name_or_path or generated.base_model
     if not name:
         return [], "no VAE round trip: the records name no base model; pass --pretrained_model_name_or_path", ""
     try:
         vae, found = load_models(name, device=config.device).vae, model_hash(name)
     except UsageError as error:
-        if config.pretrained_model_name_or_path:
+        if config.slices.pretrained_model_name_or_path:
             raise
         return [], f"no VAE round trip: {error}", ""
-    if not config.pretrained_model_name_or_path and generated.base_hash not in {"", found}:
+    if not config.slices.pretrained_model_name_or_path and generated.base_hash not in {"", found}:
         print(f"note: {name} has changed since these slices were generated; the VAE round trip is that of the new one")
     return [vae_round_trip(vae, pixels) for pixels in sets], "", found
 
@@ -369,7 +386,7 @@ def _own_reading(config: FidelityConfig, real: RealSlices, generated: Generated,
     from eval.slice_sets import split_cuts
     from prompts.captions import caption
 
-    name = config.pretrained_model_name_or_path or generated.base_model
+    name = config.slices.pretrained_model_name_or_path or generated.base_model
     why = "left out; ask for it with --classify_slices 45" if not config.classify_slices else ""
     why = (
         why
@@ -385,7 +402,9 @@ def _own_reading(config: FidelityConfig, real: RealSlices, generated: Generated,
     models = load_tuned(name, paths, scales or [1.0]).models
     labels = sorted({(row.state, row.axis) for row in real.validation})
     each = max(1, config.classify_slices // len(labels))
-    cuts = {cut.path: cut for cut in draw_cuts(split_cuts(real, "validation", real.shortest_side), each, config.seed)}
+    cuts = {
+        cut.path: cut for cut in draw_cuts(split_cuts(real, "validation", real.shortest_side), each, config.slices.seed)
+    }
     pictures = np.stack([cover(read_grey(path), (models.size_px, models.size_px)) for path in cuts])
 
     def numbers(pairs: Iterable[tuple[str, str]]) -> dict[str, Ints]:
@@ -396,25 +415,11 @@ def _own_reading(config: FidelityConfig, real: RealSlices, generated: Generated,
         }
 
     captions = [caption(*label, naming.vocabulary) for label in labels]
-    losses = caption_losses(models, pictures, captions, num_timesteps=config.num_timesteps, seed=config.seed)
+    losses = caption_losses(models, pictures, captions, num_timesteps=config.num_timesteps, seed=config.slices.seed)
     blocks = np.unique([cut.block for cut in cuts.values()], return_inverse=True)[1].astype(np.int64)
     truth = numbers(cut.label for cut in cuts.values())
-    draws = config.bootstrap_draws
-    return own_classifier_rows(losses, truth, numbers(labels), blocks, draws=draws, seed=config.seed)
-
-
-def _hashes(config: FidelityConfig, base_hash: str) -> dict[str, str]:
-    """Return the hashes of what the numbers depend on."""
-    from data_prep.manifest import METADATA_NAME, sha256_of
-    from eval.slice_sets import RECORDS_NAME
-
-    files = {
-        "train": config.real / "train" / METADATA_NAME,
-        "validation": config.real / "validation" / METADATA_NAME,
-        "records": config.generated / RECORDS_NAME,
-    }
-    hashes = {name: sha256_of(path) for name, path in files.items() if path.is_file()}
-    return {**hashes, "base_model": base_hash} if base_hash else hashes
+    draws = config.slices.bootstrap_draws
+    return own_classifier_rows(losses, truth, numbers(labels), blocks, draws=draws, seed=config.slices.seed)
 
 
 def _summary(rows: Sequence[Result]) -> Iterable[str]:

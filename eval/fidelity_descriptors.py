@@ -226,15 +226,24 @@ def _set_rows(sets: Compared, grey: str, *, draws: int, seed: int) -> list[Resul
     row = replace(base, metric="two_sample_auc", unit="share", floor=auc["aside"].value)
     rows = [_with(row, auc["generated"], verdict="grey" if grey else verdict, reason=grey or reason)]
 
-    kernel = gaussian_kernel(median_distance(held_out.features))
-    far = {
-        name: blocked_kid(side, held_out, kernel=kernel, draws=draws, seed=seed)
-        for name, side in (("generated", generated), ("aside", aside))
-    }
-    row = replace(base, metric="mmd", unit="squared MMD", floor=far["aside"].value)
-    reason = grey or "Gaussian kernel on all descriptors; sees a loss of diversity; shown, not judged"
-    rows.append(_with(row, far["generated"], reason=reason))
+    rows.append(mmd_row(base, held_out, aside, generated, grey, draws=draws, seed=seed))
+    return rows + density_rows(base, held_out, aside, generated, grey)
 
+
+def mmd_row(
+    base: Result, held_out: Sample, aside: Sample, generated: Sample, grey: str, *, draws: int, seed: int
+) -> Result:
+    """Return the squared MMD of generated from held-out tiles; the floor is that of other real ones."""
+    kernel = gaussian_kernel(median_distance(held_out.features))
+    far, floor = (blocked_kid(side, held_out, kernel=kernel, draws=draws, seed=seed) for side in (generated, aside))
+    row = replace(base, metric="mmd", unit="squared MMD", floor=floor.value)
+    reason = grey or "Gaussian kernel on all features; sees a loss of diversity; shown, not judged"
+    return _with(row, far, reason=reason)
+
+
+def density_rows(base: Result, held_out: Sample, aside: Sample, generated: Sample, grey: str) -> list[Result]:
+    """Return density and coverage among held-out tiles, one a block, since near copies shrink the spheres."""
+    rows = []
     thin = one_a_block(held_out.strata, held_out.blocks)
     reference = held_out.features[thin]
     for place, name in enumerate(("density", "coverage")):
@@ -246,7 +255,7 @@ def _set_rows(sets: Compared, grey: str, *, draws: int, seed: int) -> list[Resul
                         (generated.features, aside.features))  # fmt: skip
         few = f"{len(thin)} independent real tiles, judged from {FEWEST_INDEPENDENT}"
         fine = value >= 0.5 * floor
-        verdict = "grey" if grey or len(thin) < FEWEST_INDEPENDENT else "ok" if fine else "warn"
+        verdict: Verdict = "grey" if grey or len(thin) < FEWEST_INDEPENDENT else "ok" if fine else "warn"
         why = grey or (few if verdict == "grey" else "" if fine else "less than half of what other real slices reach")
         rows.append(replace(row, value=value, floor=floor, verdict=verdict, reason=why))
     return rows

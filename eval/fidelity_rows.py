@@ -117,7 +117,7 @@ def fidelity_rows(sets: Sets, naming: Naming, *, draws: int, seed: int) -> list[
     for head in HEADS:
         rows += _agreement_rows(head, sets, naming, accuracies, blocked[head], draws, seed)
     reasons = [reason for reason in blocked.values() if reason and reason != sets.no_vae]
-    return rows + _distance_rows(sets, naming, reasons[0] if reasons else "", draws, seed)
+    return rows + distance_rows(sets, naming, reasons[0] if reasons else "", draws, seed)
 
 
 def _accuracy_rows(sets: Sets, naming: Naming, draws: int, seed: int) -> list[Result]:
@@ -230,24 +230,19 @@ def _judge_agreement(head: Head, interval: Interval, chance: float) -> tuple[Ver
     return "warn", f"below {AGREEMENT[head]:.2f}, above chance ({chance:.2f})"
 
 
-def _distance_rows(sets: Sets, naming: Naming, blocked: str, draws: int, seed: int) -> list[Result]:
+def distance_rows(sets: Sets, naming: Naming, blocked: str, draws: int, seed: int) -> list[Result]:
     """Return the distance of the generated slices beside its reference lines, at equal numbers per caption."""
-    sides = [sets.aside, sets.held_out, sets.generated_tiles]
-    number = {
-        int(cell): min(int((side.cells == cell).sum()) for side in sides)
-        for cell in np.unique(np.concatenate([side.cells for side in sides]))
-    }
-    number = {cell: count for cell, count in number.items() if count >= 2}
+    number = equal_numbers([sets.aside, sets.held_out, sets.generated_tiles])
     base = Result(metric="kid", unit="squared MMD")
     if not number:
         reason = "no caption has two tiles each of generated, held-out and set-aside real slices"
         row = replace(base, set="generated", reason=blocked or reason)
         return [row, replace(row, metric="kid_floor_ratio", unit="ratio")]
     captions = f"{len(number)} captions"
-    held_out, generated = _pick(sets.held_out, number), _pick(sets.generated_tiles, number)
-    lines = {"real": _kid(_pick(sets.aside, number), held_out, draws, seed)}
+    held_out, generated = pick(sets.held_out, number), pick(sets.generated_tiles, number)
+    lines = {"real": _kid(pick(sets.aside, number), held_out, draws, seed)}
     if sets.aside_vae is not None:
-        lines["vae"] = _kid(_pick(sets.aside_vae, number), held_out, draws, seed)
+        lines["vae"] = _kid(pick(sets.aside_vae, number), held_out, draws, seed)
     measured = _kid(generated, held_out, draws, seed)
     nearest = _nearest_state(held_out, naming, draws, seed)
     total = len(held_out)
@@ -278,10 +273,10 @@ def _distance_rows(sets: Sets, naming: Naming, blocked: str, draws: int, seed: i
         rows.append(_with(base, interval, set="nearest_states", n=per_side, reason=text))
     for cell, count in number.items():
         one = {cell: count}
-        interval = _kid(_pick(sets.generated_tiles, one), _pick(sets.held_out, one), draws, seed)
-        between = _kid(_pick(sets.aside, one), _pick(sets.held_out, one), draws, seed)
+        interval = _kid(pick(sets.generated_tiles, one), pick(sets.held_out, one), draws, seed)
+        between = _kid(pick(sets.aside, one), pick(sets.held_out, one), draws, seed)
         row = replace(
-            base, set="generated", prompt=naming.caption(cell), n=count, n_eff=_pick(sets.held_out, one).num_blocks
+            base, set="generated", prompt=naming.caption(cell), n=count, n_eff=pick(sets.held_out, one).num_blocks
         )
         rows.append(_with(row, interval, floor=between.value, reason=blocked or "shown per caption, not judged"))
     return rows
@@ -320,14 +315,23 @@ def _nearest_state(
         counts = {axis: count for axis, count in counts.items() if count >= 2}
         if not counts:
             continue
-        a, b = (_as_sample(_first(side, side.truth["axis"], counts), "axis") for side in sides)
+        a, b = (as_sample(_first(side, side.truth["axis"], counts), "axis") for side in sides)
         interval = blocked_kid(a, b, draws=draws, seed=seed)
         if found is None or interval.value < found[0].value:
             found = interval, (naming.states[int(first)], naming.states[int(second)]), len(a)
     return found
 
 
-def _pick(seen: Seen, number: Mapping[int, int]) -> Seen:
+def equal_numbers(sides: Sequence[Seen]) -> dict[int, int]:
+    """Return how many tiles of each caption every side has; captions with fewer than two are left out."""
+    number = {
+        int(cell): min(int((side.cells == cell).sum()) for side in sides)
+        for cell in np.unique(np.concatenate([side.cells for side in sides]))
+    }
+    return {cell: count for cell, count in number.items() if count >= 2}
+
+
+def pick(seen: Seen, number: Mapping[int, int]) -> Seen:
     """Return the first so many entries of each caption; tiles come drawn by seed and spread over blocks."""
     return _first(seen, seen.cells, number)
 
@@ -339,10 +343,10 @@ def _first(seen: Seen, labels: Ints, number: Mapping[int, int]) -> Seen:
 
 def _kid(a: Seen, b: Seen, draws: int, seed: int) -> Interval:
     """Return the blocked KID over captions."""
-    return blocked_kid(_as_sample(a, None), _as_sample(b, None), draws=draws, seed=seed)
+    return blocked_kid(as_sample(a), as_sample(b), draws=draws, seed=seed)
 
 
-def _as_sample(seen: Seen, head: Head | None) -> Sample:
+def as_sample(seen: Seen, head: Head | None = None) -> Sample:
     """Return the features with captions, or the classes of one head, as strata."""
     return Sample(features=seen.features, strata=seen.cells if head is None else seen.truth[head], blocks=seen.blocks)
 

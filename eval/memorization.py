@@ -16,19 +16,20 @@ from __future__ import annotations
 import json
 import shlex
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from configs.errors import InputError
 from configs.load import Repeatable, command, save
-from eval.fidelity import LARGEST_TILE, SMALLEST_TILE
+from eval.config import SMALLEST_TILE, SlicesConfig, check_encoders
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from eval.copies import Matches
     from eval.distances import Floats, Ints
+    from eval.encoders import Encoder
     from eval.features import Cut, Grey, Tiles
     from eval.memorization_rows import Agreement, LossGap, Searched, Side
     from eval.results import Result
@@ -53,24 +54,15 @@ AGREEMENT_TILES = 24
 class MemorizationConfig:
     """Look for copies of training slices among generated ones."""
 
-    real: Path
-    """Dataset folder written by `python -m data_prep.slice`, with its train/ and validation/."""
-    generated: Path
-    """Folder written by `python -m eval.generate`, with its records.jsonl."""
+    slices: SlicesConfig
     output_dir: Path
     """Folder to write."""
     train_data_dir: Path | None = None
     """What the model was trained on, if that is not all of train/: a folder of few slices, with its metadata.jsonl."""
-    pretrained_model_name_or_path: str | None = None
-    """Model behind the slices. Default: the one named in the records."""
     adapter: Repeatable[tuple[Path, ...]] = ()
     """Adapters behind the slices. Default: those named in the records."""
     base: str | None = None
     """What a tuned pipeline folder came from, for its loss to be compared with."""
-    vocabulary: Path | None = None
-    """YAML file with the words of the captions. Default: the built-in ones."""
-    tile_size: int | None = None
-    """Side of the tiles in px, at native scale. Default: what fits real and generated slices, at most 196."""
     reference_tiles: int = 400
     """Training tiles per caption that are searched."""
     held_out_tiles: int = 80
@@ -79,16 +71,14 @@ class MemorizationConfig:
     """Generated tiles per caption, at most."""
     copy_net_steps: int = 300
     """Updates of the copy network; 0 leaves it out."""
+    encoder: dict[str, Path] = field(default_factory=dict)
+    """Local network that looks for copies as well: sscd=DIR, a folder with safetensors."""
     loss_slices: int = 48
     """Training and held-out slices each whose loss is compared; 0 leaves it out."""
     num_timesteps: int = 8
     """Noise levels of that loss."""
     gallery: int = 20
     """Closest pairs to show."""
-    bootstrap_draws: int = 500
-    """Resamples behind each interval."""
-    seed: int = 0
-    """Of the tiles drawn, the planted copies, the network and the resampling."""
     overwrite: bool = False
     """Replace the folder if it is there."""
 
@@ -102,12 +92,10 @@ class MemorizationConfig:
             ("loss_slices", 0),
             ("num_timesteps", 1),
             ("gallery", 0),
-            ("bootstrap_draws", 100),
         ):
             if getattr(self, name) < least:
                 raise ValueError(f"--{name} {getattr(self, name)}: at least {least}")
-        if self.tile_size is not None and self.tile_size < SMALLEST_TILE:
-            raise ValueError(f"--tile_size {self.tile_size}: at least {SMALLEST_TILE} px")
+        check_encoders(self.encoder, ("sscd",))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -124,13 +112,11 @@ def main(config: MemorizationConfig) -> None:
     from data_prep.manifest import check_free, publish
     from eval.memorization_rows import memorization_rows, split_audit
     from eval.results import command_line, write_results
-    from eval.slice_sets import read_generated, read_real
-    from prompts.vocabulary import DEFAULT, read_vocabulary
+    from eval.slice_sets import hashes_of, read_both
 
     check_free(config.output_dir, overwrite=config.overwrite, mark="results.jsonl")
-    vocabulary = read_vocabulary(config.vocabulary) if config.vocabulary else DEFAULT
-    real = read_real(config.real, vocabulary)
-    generated = read_generated(config.generated, real, vocabulary)
+    vocabulary, real, generated = read_both(config.slices)
+    encoders = _encoders(config)
     drawn = draw(config, real, generated, vocabulary)
     print(
         f"{len(drawn.generated)} generated tiles, {len(drawn.reference)} training tiles to search, "
@@ -140,18 +126,19 @@ def main(config: MemorizationConfig) -> None:
     from eval.memorization_pictures import save_distances, save_gallery
 
     model, no_model = _load(config, generated)
-    searched = _search(config, drawn, model.tuned if model else None, vocabulary)
+    searched = _search(config, drawn, model.tuned if model else None, vocabulary, encoders)
     gap, why_not = (None, no_model) if model is None else _loss_gap(config, real, model, vocabulary)
     rows = memorization_rows(
         searched,
-        audit=split_audit(config.real),
+        audit=split_audit(config.slices.real),
         loss_gap=gap,
         no_model=why_not,
         num_trained=_num_trained(config, real),
-        draws=config.bootstrap_draws,
-        seed=config.seed,
+        draws=config.slices.bootstrap_draws,
+        seed=config.slices.seed,
     )
-    hashes = _hashes(config, generated)
+    hashes = hashes_of(config.slices, generated.base_hash, config.train_data_dir)
+    hashes |= {f"encoder {one.kind}": one.hash for one in encoders}
     rows = [replace(row, hashes=hashes, command=command_line("eval.memorization", config)) for row in rows]
     with publish(config.output_dir, overwrite=config.overwrite, mark="results.jsonl") as folder:
         write_results(folder / "results.jsonl", rows)
@@ -162,7 +149,7 @@ def main(config: MemorizationConfig) -> None:
     for line in _summary(rows):
         print(line)
     print(f"look at {config.output_dir / 'gallery'} and {config.output_dir / 'distances.png'}")
-    results = shlex.join([str(config.generated), str(config.output_dir)])
+    results = shlex.join([str(config.slices.generated), str(config.output_dir)])
     print(f"next: python -m eval.report --results {results} --output {config.output_dir.parent / 'report.html'}")
 
 
@@ -173,27 +160,22 @@ def draw(config: MemorizationConfig, real: RealSlices, generated: Generated, voc
         InputError: the tile does not fit, or nothing is left of the training slices.
     """
     from eval.features import draw_cuts, read_tiles
-    from eval.slice_sets import generated_cuts, split_cuts
+    from eval.slice_sets import choose_tile, generated_cuts, split_cuts
 
-    shortest = min(real.shortest_side, *(min(picture.height, picture.width) for picture in generated.pictures))
-    tile = config.tile_size or min(LARGEST_TILE, shortest)
-    if not SMALLEST_TILE <= tile <= shortest:
-        raise InputError(
-            f"--tile_size {tile}: the shortest side of a slice is {shortest} px; from {SMALLEST_TILE} to {shortest}"
-        )
+    tile = choose_tile(config.slices, real, generated)
     learned = split_cuts(real, "train", tile)
     if config.train_data_dir is not None:
         learned = few_cuts(config.train_data_dir, vocabulary, tile)
-    reference = read_tiles(draw_cuts(learned, config.reference_tiles, config.seed), tile)
+    reference = read_tiles(draw_cuts(learned, config.reference_tiles, config.slices.seed), tile)
     labels = {cut.label for cut in reference.cuts}
 
     def drawn(cuts: Sequence[Cut], count: int, *, keep_flat: bool) -> Tiles:
         kept = [cut for cut in cuts if cut.label in labels]
-        return read_tiles(draw_cuts(kept, count, config.seed), tile, keep_flat=keep_flat)
+        return read_tiles(draw_cuts(kept, count, config.slices.seed), tile, keep_flat=keep_flat)
 
     made = drawn(generated_cuts(generated.pictures, tile), config.generated_tiles, keep_flat=True)
     if not len(reference) or not len(made):
-        raise InputError(f"--generated {config.generated}: no picture has a caption of the training slices")
+        raise InputError(f"--generated {config.slices.generated}: no picture has a caption of the training slices")
     held_out = drawn(split_cuts(real, "validation", tile), config.held_out_tiles, keep_flat=False)
     return Drawn(reference=reference, held_out=held_out, generated=made)
 
@@ -248,29 +230,49 @@ def _load(config: MemorizationConfig, generated: Generated) -> tuple[Model | Non
     """
     from configs.errors import TisserandError
     from eval.sampling import load_tuned
+    from finetune.core.models import model_hash
 
-    name = config.pretrained_model_name_or_path or generated.base_model
+    name = config.slices.pretrained_model_name_or_path or generated.base_model
     if not name:
         return None, "the records name no model; pass --pretrained_model_name_or_path"
-    typed = bool(config.pretrained_model_name_or_path or config.adapter or config.base)
+    typed = bool(config.slices.pretrained_model_name_or_path or config.adapter or config.base)
     adapters = [(path, 1.0) for path in config.adapter] or list(generated.adapters)
     paths, scales = [path for path, _ in adapters], [scale for _, scale in adapters]
     try:
-        tuned = load_tuned(name, paths, scales or [1.0]).models
-        base = load_tuned(config.base).models if config.base else tuned if adapters else None
+        loaded = load_tuned(name, paths, scales or [1.0])
+        base = load_tuned(config.base).models if config.base else loaded.models if adapters else None
     except TisserandError as error:
         if typed:
             raise
         return None, f"the model of the records cannot be loaded ({error})"
-    return Model(tuned=tuned, base=base), ""
+    known = [str(adapter["hash"]) for adapter in loaded.adapters]
+    if not typed and (known != list(generated.adapter_hashes) or model_hash(name) != generated.base_hash):
+        return None, "the model of the records has changed since they were made; name the right one with --adapter"
+    return Model(tuned=loaded.models, base=base), ""
 
 
-def _search(config: MemorizationConfig, drawn: Drawn, models: Models | None, vocabulary: Vocabulary) -> Searched:
+def _encoders(config: MemorizationConfig) -> list[Encoder]:
+    """Load the encoders asked for, before anything is worked on."""
+    if not config.encoder:
+        return []
+    from eval.encoders import load_encoder
+
+    return [load_encoder(kind, folder) for kind, folder in config.encoder.items()]
+
+
+def _search(
+    config: MemorizationConfig,
+    drawn: Drawn,
+    models: Models | None,
+    vocabulary: Vocabulary,
+    encoders: Sequence[Encoder],
+) -> Searched:
     """Search every set with every detector."""
     import numpy as np
 
     from eval.copies import best_matches, planted
     from eval.copy_net import net_matches, train_copy_net
+    from eval.encoders import matcher, unit
     from eval.features import vae_round_trip
     from eval.memorization_rows import Detector, Searched
     from prompts.captions import caption
@@ -289,7 +291,7 @@ def _search(config: MemorizationConfig, drawn: Drawn, models: Models | None, voc
         blocks[name] = np.unique([cut.block for cut in tiles.cuts], return_inverse=True)[1].astype(np.int64)
     # A generated tile has been through the VAE: held-out ones must lose the same grain before they are compared.
     real = through(drawn.held_out.pixels) if len(drawn.held_out) else drawn.held_out.pixels
-    random = np.random.default_rng(config.seed)
+    random = np.random.default_rng(config.slices.seed)
     chosen = random.choice(len(reference), PLANTED, replace=len(reference) < PLANTED)
     copies = through(planted(reference.pixels[chosen], SHIFT_PX)) + random.normal(
         0, PLANTED_NOISE, (PLANTED, *reference.pixels.shape[1:])
@@ -298,8 +300,15 @@ def _search(config: MemorizationConfig, drawn: Drawn, models: Models | None, voc
 
     finders: dict[str, Finder] = {"ncc": best_matches}
     if config.copy_net_steps and len(reference) >= SMALLEST_LEARNING:
-        net = train_copy_net(reference.pixels, num_steps=config.copy_net_steps, shift_px=SHIFT_PX, seed=config.seed)
+        net = train_copy_net(
+            reference.pixels, num_steps=config.copy_net_steps, shift_px=SHIFT_PX, seed=config.slices.seed
+        )
         finders["copy_net"] = lambda queries, references: net_matches(net, queries, references)
+    raw = None
+    for encoder in encoders:
+        vectors = unit(encoder.images(reference.pixels))
+        finders[encoder.kind] = matcher(encoder, vectors.mean(axis=0))
+        raw = (unit(encoder.images(drawn.generated.pixels)) @ vectors.T).max(axis=1)
     detectors = []
     for name, find in finders.items():
         if not len(real):
@@ -326,7 +335,8 @@ def _search(config: MemorizationConfig, drawn: Drawn, models: Models | None, voc
             if len(real)
             else (through(reference.pixels), cells["reference"], blocks["reference"]),
         ),
-        notes=(*notes, *(() if len(real) else (f"leak unchecked: {config.real} has no validation split",))),
+        sscd_cosines=raw,
+        notes=(*notes, *(() if len(real) else (f"leak unchecked: {config.slices.real} has no validation split",))),
     )
 
 
@@ -399,7 +409,9 @@ def _loss_gap(
     for cuts in (learned, split_cuts(real, "validation", smallest)):
         labels = {cut.label for cut in learned}
         each = max(1, config.loss_slices // len(labels))
-        unique = {cut.path: cut for cut in draw_cuts([cut for cut in cuts if cut.label in labels], each, config.seed)}
+        unique = {
+            cut.path: cut for cut in draw_cuts([cut for cut in cuts if cut.label in labels], each, config.slices.seed)
+        }
         counts.append(len(unique))
         for path, cut in unique.items():
             pictures.append(cover(read_grey(path), (side, side)))
@@ -408,7 +420,7 @@ def _loss_gap(
     latents = slice_latents(model.tuned, np.stack(pictures))
 
     def losses(models: Models) -> Floats:
-        found = denoising_losses(models, latents, captions, num_timesteps=config.num_timesteps, seed=config.seed)
+        found = denoising_losses(models, latents, captions, num_timesteps=config.num_timesteps, seed=config.slices.seed)
         return np.asarray(found.mean(axis=1))
 
     tuned = losses(model.tuned)
@@ -437,20 +449,6 @@ def _num_trained(config: MemorizationConfig, real: RealSlices) -> int:
 def _boxes(real: RealSlices) -> dict[str, tuple[int, ...]]:
     """Return the box of voxels of every slice, by file name."""
     return {row.file_name: row.box for row in (*real.train, *real.validation)}
-
-
-def _hashes(config: MemorizationConfig, generated: Generated) -> dict[str, str]:
-    """Return the hashes of what the numbers depend on."""
-    from data_prep.manifest import METADATA_NAME, sha256_of
-    from eval.slice_sets import RECORDS_NAME
-
-    files = {
-        "train": (config.train_data_dir or config.real / "train") / METADATA_NAME,
-        "validation": config.real / "validation" / METADATA_NAME,
-        "records": config.generated / RECORDS_NAME,
-    }
-    hashes = {name: sha256_of(path) for name, path in files.items() if path.is_file()}
-    return {**hashes, "base_model": generated.base_hash} if generated.base_hash else hashes
 
 
 def _summary(rows: Sequence[Result]) -> Iterable[str]:

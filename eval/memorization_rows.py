@@ -34,7 +34,10 @@ FEWEST_HELD_OUT = 32
 FEWEST_CELL = 20
 """Tiles of a caption below which its own test is left out."""
 AGREEMENT_QUANTILE = 0.99
-DETECTORS = {"ncc": "correlation", "copy_net": "copy network"}
+DETECTORS = {"ncc": "correlation", "copy_net": "copy network", "sscd": "SSCD"}
+RAW_COSINES = (0.5, 0.75)
+"""What others count as copies by SSCD (Somepalli et al. 2023; Pizzi et al. 2022): reference lines, since slices are
+alike anyway."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,7 +105,10 @@ class LossGap:
 
 @dataclass(frozen=True, kw_only=True)
 class Searched:
-    """Everything that was searched; ``captions`` are named by number, ``detectors`` is empty without held-out tiles."""
+    """Everything that was searched; ``captions`` are named by number, ``detectors`` is empty without held-out tiles.
+
+    ``sscd_cosines`` (N,) are those of generated tiles to the nearest training tile, uncentred; None without SSCD.
+    """
 
     reference: Tiles
     generated: Tiles
@@ -111,6 +117,7 @@ class Searched:
     detectors: tuple[Detector, ...]
     agreement: Agreement
     notes: tuple[str, ...]
+    sscd_cosines: Floats | None = None
 
 
 def split_audit(dataset: Path) -> Result:
@@ -155,10 +162,21 @@ def memorization_rows(
         blind.append(is_blind)
     if not searched.detectors:
         why = "; ".join(searched.notes) or "there are no held-out tiles to set a threshold"
-        rows += [Result(metric=f"{name}_copies", set="generated", unit="share", reason=why) for name in DETECTORS]
+        weightless = ("ncc", "copy_net")
+        rows += [Result(metric=f"{name}_copies", set="generated", unit="share", reason=why) for name in weightless]
+    rows += _raw_rows(searched.sscd_cosines)
     rows += _agreement_rows(searched.agreement)
     rows += _loss_rows(loss_gap, no_model, draws=draws, seed=seed)
     return [_verdict(rows, all(blind), num_trained), *rows]
+
+
+def _raw_rows(cosines: Floats | None) -> list[Result]:
+    """Return the share of generated tiles above the cosines that others use."""
+    if cosines is None:
+        return []
+    reason = "reference: share of tiles above this cosine to a training tile, uncentred; slices are alike anyway"
+    row = Result(metric="", set="generated", n=len(cosines), unit="share", tier="B", reason=reason)
+    return [replace(row, metric=f"sscd_above_{line:g}", value=float((cosines > line).mean())) for line in RAW_COSINES]
 
 
 def halves(side: Side) -> tuple[Side, Side]:
@@ -189,7 +207,7 @@ def _detector_rows(detector: Detector, searched: Searched, *, draws: int, seed: 
     recall, false = _share(found), _share(alarms)
     is_blind = recall.value < LEAST_RECALL
     why_blind = f"detector blind: it finds {recall.value:.0%} of the planted copies, {LEAST_RECALL:.0%} are needed"
-    base = Result(metric="", set="control", unit="share")
+    base = Result(metric="", set="control", unit="share", tier="B" if name == "sscd" else "A")
     rows = [
         _with(
             replace(base, metric=f"{name}_recall", n=len(found)),

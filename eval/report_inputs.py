@@ -10,7 +10,7 @@ import io
 import json
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -51,13 +51,15 @@ class Folder:
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
-    """A training run: its settings, its curve and its surroundings."""
+    """A training run: its settings, its curve, what was looked at while it learned, and its surroundings."""
 
     path: Path
     settings: dict[str, Any]
     metrics: tuple[dict[str, object], ...]
     environment: dict[str, Any]
     provenance: dict[str, Any]
+    drift: tuple[dict[str, object], ...] = ()
+    selection: dict[str, Any] = field(default_factory=dict)
 
 
 class Pictures:
@@ -67,7 +69,7 @@ class Pictures:
         self.left = room
         self.num_left_out = 0
 
-    def embed(self, folder: Path, name: str) -> str:
+    def embed(self, folder: Path, name: str, *, longest: int = LONGEST_SIDE) -> str:
         """Return a PNG data URI of ``folder/name``, or an empty string if there is no such picture or no room."""
         path = folder / name
         if not is_inside(name) or not path.is_file() or not path.resolve().is_relative_to(folder.resolve()):
@@ -77,7 +79,7 @@ class Pictures:
                 picture = opened.convert("L" if opened.mode == "L" else "RGB")
         except (OSError, Image.DecompressionBombError):
             return ""
-        picture.thumbnail((LONGEST_SIDE, LONGEST_SIDE * 4))
+        picture.thumbnail((longest, longest * 4))
         buffer = io.BytesIO()
         picture.save(buffer, format="PNG")
         if buffer.tell() > self.left:
@@ -103,13 +105,15 @@ def read_run(path: Path) -> Run:
         raise UsageError(f"--run {path}: there is no such folder")
     if not (path / "config.yaml").is_file():
         raise InputError(f"--run {path}: no config.yaml; give the output folder of a training run")
-    metrics = path / "metrics.jsonl"
+    metrics, drift = path / "metrics.jsonl", path / "drift.jsonl"
     return Run(
         path=path,
         settings=_read_settings(path),
         metrics=tuple(record for _, record in read_records(metrics)) if metrics.is_file() else (),
         environment=read_json(path / "environment.json"),
         provenance=read_json(path / "provenance.json"),
+        drift=tuple(record for _, record in read_records(drift)) if drift.is_file() else (),
+        selection=read_json(path / "selection.json"),
     )
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import io
 import json
 import math
 import shlex
@@ -14,12 +13,14 @@ from typing import Any
 
 import numpy as np
 
+from eval.memorization_rows import DETECTORS
 from eval.provenance import training_folders
-from eval.report_inputs import Folder, Pictures, Run, data_uri, part, read_json
+from eval.report_inputs import Folder, Pictures, Run, part, read_json
 from eval.results import Result, Verdict
 from eval.verdicts import worst
 
 WORDS: dict[Verdict, str] = {"ok": "in order", "warn": "look closer", "stop": "stop", "grey": "not measured"}
+AXES = ("z", "y", "x")
 KINDS = {"real": "real, held out", "vae": "through the VAE", "generated": "generated"}
 LABELS = {
     "accuracy_state": "state read correctly",
@@ -37,14 +38,16 @@ LABELS = {
     "descriptor_floor_ratio": "all descriptors / real to real",
     "two_sample_auc": "told apart by a classifier (AUC)",
     "mmd": "distance of descriptors (MMD)",
-    "ncc_recall": "planted copies found, correlation",
-    "ncc_false_alarm": "held-out tiles flagged, correlation",
-    "ncc_copies": "flagged as copies, correlation",
-    "ncc_closer": "closer to training than held-out, correlation",
-    "copy_net_recall": "planted copies found, copy network",
-    "copy_net_false_alarm": "held-out tiles flagged, copy network",
-    "copy_net_copies": "flagged as copies, copy network",
-    "copy_net_closer": "closer to training than held-out, copy network",
+    **{
+        f"{name}_{kind}": f"{text}, {words}"
+        for name, words in DETECTORS.items()
+        for kind, text in (
+            ("recall", "planted copies found"),
+            ("false_alarm", "held-out tiles flagged"),
+            ("copies", "flagged as copies"),
+            ("closer", "closer to training than held-out"),
+        )
+    },
     "swap_state": "state follows its word",
     "swap_state_alone": "axis stays when the state is swapped",
     "swap_axis": "axis follows its word",
@@ -55,22 +58,9 @@ LABELS = {
     "loss_gap_auc": "loss tells trained from held-out (AUC)",
     "split_audit": "problems of the split",
     "chords": "chord length",
+    "sweep_worst_prompt": "worst prompt",
+    "sweep_captions_moved": "change for the captions kept",
     "two_point": "two-point probability",
-}
-PROBE_SETS = {
-    "G0": "anchors",
-    "G1": "words shared with the captions",
-    "G2": "near the trained domain",
-    "G3": "far from it",
-    "G4": "no prompt",
-    "G5": "mixed with captions",
-}
-DRIFT_METRICS = {
-    "retention": "kept",
-    "leak": "leaked pictures",
-    "colourfulness_ratio": "colour",
-    "luminance_ratio": "brightness",
-    "divergence_ratio": "moved",
 }
 
 
@@ -222,7 +212,7 @@ def dataset_box(found: tuple[Path, Mapping[str, Any]] | None) -> dict[str, Any] 
     }
 
 
-def _volume(volume: Mapping[str, Any]) -> dict[str, str]:
+def _volume(volume: Mapping[str, Any]) -> dict[str, Any]:
     """Write one volume's entry of the manifest in words."""
     window, split = part(volume, "window"), part(volume, "split")
     voxel = volume.get("voxel_um")
@@ -236,9 +226,27 @@ def _volume(volume: Mapping[str, Any]) -> dict[str, str]:
         "voxel": " x ".join(f"{size:g}" for size in voxel) + " um" if voxel and _numbers(voxel) else "unknown",
         "window": f"{low:g} to {high:g}" if _numbers([low, high]) else "none",
         "split": f"along {split.get('axis')}: {', '.join(regions)}" if regions else "none",
+        "map": _split_map(volume, split),
         "length": f"{split['correlation_length']} voxels" if "correlation_length" in split else "unknown",
         "sha256": str(volume.get("sha256", ""))[:12],
     }
+
+
+def _split_map(volume: Mapping[str, Any], split: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Return the parts of a volume along the direction it was split in, in order, each with its share in percent."""
+    shape = volume.get("shape")
+    if not _numbers(shape) or str(split.get("axis")) not in AXES or len(shape) != len(AXES):
+        return []
+    length = shape[AXES.index(str(split["axis"]))]
+    spans = sorted((split[name], name) for name in ("train", "guard", "validation") if _span(split.get(name)))
+    found, end = [], 0
+    for (start, stop), name in spans:
+        if not end <= start <= stop <= length:
+            return []
+        found += [{"name": "unused", "share": 100 * (start - end) / length}] if start > end else []
+        found.append({"name": name, "share": 100 * (stop - start) / length})
+        end = stop
+    return found
 
 
 def _span(value: object) -> str:
@@ -427,25 +435,6 @@ def _compared(cell: object) -> dict[str, str]:
     }
 
 
-def drift_heat(folders: Sequence[Folder]) -> dict[str, Any] | None:
-    """Return kept shares of prompts (rows) at several checks (columns), where there are at least two of drift."""
-    checks = [folder for folder in folders if folder.module == "eval.drift"]
-    if len(checks) < 2:
-        return None
-    prompts: dict[tuple[str, str], list[dict[str, Any]]] = {}
-    for place, folder in enumerate(checks):
-        for metric in ("colourfulness_ratio", "retention"):  # what was measured last wins
-            for row in folder.rows:
-                if row.metric == metric and row.prompt and row.value is not None:
-                    cells = prompts.setdefault((row.set, row.prompt), [{"value": "-", "share": 0.0}] * len(checks))
-                    lost = min(1.0, max(0.0, 1.0 - row.value))
-                    cells[place] = {"value": f"{row.value:.2f}", "share": round(lost, 2)}
-    return {
-        "columns": [folder.path.name if folder.path.name != "drift" else folder.path.parent.name for folder in checks],
-        "rows": [{"set": name, "prompt": prompt, "cells": cells} for (name, prompt), cells in sorted(prompts.items())],
-    }
-
-
 def line(row: Result) -> dict[str, str]:
     """Write a row for a table."""
     digits = 3 if row.unit != "ratio" else 2
@@ -464,127 +453,6 @@ def line(row: Result) -> dict[str, str]:
         "word": "reference" if row.reason.startswith(("reference", "A/A")) else WORDS[row.verdict],
         "reason": row.reason.removeprefix("reference: "),
     }
-
-
-def drift_sections(folders: Sequence[Folder], pictures: Pictures) -> list[dict[str, Any]]:
-    """Return each drift check, set by set: scores beside the A/A band, base and tuned pictures."""
-    return [_drift(folder, pictures) for folder in folders if folder.module == "eval.drift"]
-
-
-def _drift(folder: Folder, pictures: Pictures) -> dict[str, Any]:
-    """Lay out one drift check."""
-    sets = dict.fromkeys(row.set for row in folder.rows if row.set not in {"", "control", "captions"})
-    overall = next((row for row in folder.rows if row.metric == "worst_prompt"), None)
-    return {
-        "path": str(folder.path),
-        "overall": line(overall) if overall else None,
-        "controls": [line(row) for row in folder.rows if row.set == "control"],
-        "unmeasured": [row.reason for row in folder.rows if row.metric == "leak" and row.value is None and not row.set],
-        "sets": [_drift_set(folder, name, pictures) for name in sets],
-        "names": DRIFT_METRICS,
-    }
-
-
-def _drift_set(folder: Folder, name: str, pictures: Pictures) -> dict[str, Any]:
-    """Lay out one probe set: a line for the whole, a card per prompt."""
-    rows = [row for row in folder.rows if row.set == name]
-    prompts = dict.fromkeys(row.prompt for row in rows if row.prompt)
-    own = [row for row in rows if not row.prompt and not row.metric.endswith("_aa")]
-    return {
-        "name": name,
-        "about": PROBE_SETS.get(name, ""),
-        "verdict": worst([row.verdict for row in own]),
-        "word": WORDS[worst([row.verdict for row in own])],
-        "scores": _scores(rows, ""),
-        "cards": [_probe(folder, name, prompt, rows, pictures) for prompt in prompts],
-    }
-
-
-def _probe(folder: Folder, name: str, prompt: str, rows: Sequence[Result], pictures: Pictures) -> dict[str, Any]:
-    """Lay out one probe."""
-    own = [row for row in rows if row.prompt == prompt]
-    shown = {"base": [], "tuned": []}  # type: dict[str, list[str]]
-    for record in folder.records:
-        asked = record.get("prompt") or "(empty prompt)"
-        model = str(record.get("model"))
-        if record.get("set") == name and asked == prompt and model in shown and len(shown[model]) < 2:
-            shown[model].append(pictures.embed(folder.path, str(record.get("file_name"))))
-    verdict = worst([row.verdict for row in own])
-    return {
-        "prompt": prompt,
-        "verdict": verdict,
-        "word": WORDS[verdict],
-        "scores": _scores(rows, prompt),
-        "pictures": {model: [uri for uri in uris if uri] for model, uris in shown.items()},
-    }
-
-
-def _scores(rows: Sequence[Result], prompt: str) -> list[dict[str, str]]:
-    """Write the scores of one prompt, or of the whole set for an empty one, each beside its A/A band."""
-    own = {row.metric: row for row in rows if row.prompt == prompt}
-    return [_score(row, own.get(f"{metric}_aa")) for metric, row in own.items() if metric in DRIFT_METRICS]
-
-
-def _score(row: Result, band: Result | None) -> dict[str, str]:
-    """Write one drift score with its A/A band; the divergence, at equal seeds, has none."""
-    written = line(row)
-    beside = f"A/A {band.low:.2f} to {band.high:.2f}" if band and band.low is not None and band.high is not None else ""
-    value = f"{row.value:.2f}" if row.value is not None else "-"
-    return {**written, "name": DRIFT_METRICS[row.metric], "value": value, "beside": beside}
-
-
-def loss_curve(run: Run | None) -> dict[str, str] | None:
-    """Return the loss curve as an SVG address with a sentence for those who cannot see it."""
-    points = [
-        (record["step"], record["loss"])
-        for record in (run.metrics if run else ())
-        if isinstance(record.get("step"), int) and isinstance(record.get("loss"), int | float)
-    ]
-    points = [(step, loss) for step, loss in points if math.isfinite(float(str(loss)))]
-    if len(points) < 2:
-        return None
-    steps, losses = np.array(points, dtype=float).T
-    width = max(1, len(losses) // 12)
-    smooth = np.convolve(losses, np.ones(width) / width, mode="valid")
-    shifted = steps[width - 1 :] - (steps[width - 1 :] - steps[: len(smooth)]) / 2
-    text = (
-        f"Loss over {int(steps[-1])} steps, logged {len(losses)} times: mean of the first "
-        f"{width} {losses[:width].mean():.4f}, of the last {width} {losses[-width:].mean():.4f}."
-    )
-    return {"uri": data_uri("image/svg+xml", _draw_curve(steps, losses, shifted, smooth, width)), "text": text}
-
-
-def _draw_curve(steps: Any, losses: Any, shifted: Any, smooth: Any, width: int) -> bytes:
-    """Draw the logged losses and their running mean."""
-    import matplotlib as mpl
-    from matplotlib.backends.backend_svg import FigureCanvasSVG
-    from matplotlib.figure import Figure
-
-    style = {
-        "svg.fonttype": "none",
-        "svg.hashsalt": "loss",
-        "font.size": 10,
-        "axes.edgecolor": "#9a9a95",
-        "text.color": "#33363b",
-        "axes.labelcolor": "#33363b",
-        "xtick.color": "#5c6066",
-        "ytick.color": "#5c6066",
-    }
-    with mpl.rc_context(style):
-        figure = Figure(figsize=(7.2, 2.9), layout="constrained")
-        FigureCanvasSVG(figure)
-        axes = figure.add_subplot()
-        axes.plot(steps, losses, color="#a9bfd4", linewidth=1, label="logged")
-        axes.plot(shifted, smooth, color="#1f4e79", linewidth=1.8, label=f"mean of {width}")
-        axes.set_xlabel("step")
-        axes.set_ylabel("loss")
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.grid(axis="y", color="#e4e3de", linewidth=0.8)
-        axes.legend(frameon=False, loc="upper right")
-        buffer = io.BytesIO()
-        figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None}, transparent=True)
-    # Text is laid out with the font matplotlib brings along, and shown in the page's own.
-    return buffer.getvalue().replace(b"'DejaVu Sans'", b"system-ui, 'Segoe UI', Arial")
 
 
 def appendix(run: Run | None, folders: Sequence[Folder]) -> list[dict[str, Any]]:

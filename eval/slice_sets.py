@@ -11,10 +11,20 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from configs.errors import InputError, NothingLeftError
-from data_prep.manifest import MANIFEST_NAME, METADATA_NAME, SliceRow, is_inside, read_manifest, read_records, read_rows
+from data_prep.manifest import (
+    MANIFEST_NAME,
+    METADATA_NAME,
+    SliceRow,
+    is_inside,
+    read_manifest,
+    read_records,
+    read_rows,
+    sha256_of,
+)
+from eval.config import LARGEST_TILE, SMALLEST_TILE, SlicesConfig
 from eval.features import Cut, tile_corners
 from prompts.captions import all_captions, parse_caption
-from prompts.vocabulary import Vocabulary
+from prompts.vocabulary import DEFAULT, Vocabulary, read_vocabulary
 
 SLAB_SLICES = 24
 """Neighbouring slices that count as one block, where the manifest gives no correlation length of the volume."""
@@ -48,6 +58,7 @@ class Generated:
         base_model: name of the model as it was typed, empty if the records do not say.
         base_hash: its hash, empty if unknown.
         adapters: path and strength of each adapter, as the records have them.
+        adapter_hashes: of their files.
     """
 
     pictures: tuple[Picture, ...]
@@ -55,6 +66,7 @@ class Generated:
     base_model: str
     base_hash: str
     adapters: tuple[tuple[Path, float], ...] = ()
+    adapter_hashes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,6 +102,46 @@ class RealSlices:
     def shortest_side(self) -> int:
         """Shortest side of any slice, in px."""
         return min(min(row.height, row.width) for row in (*self.train, *self.validation))
+
+
+def read_both(config: SlicesConfig) -> tuple[Vocabulary, RealSlices, Generated]:
+    """Read the words, the dataset and the generated slices that are compared.
+
+    Raises:
+        InputError, NothingLeftError: as for ``read_real`` and ``read_generated``.
+    """
+    vocabulary = read_vocabulary(config.vocabulary) if config.vocabulary else DEFAULT
+    real = read_real(config.real, vocabulary)
+    return vocabulary, real, read_generated(config.generated, real, vocabulary)
+
+
+def choose_tile(config: SlicesConfig, real: RealSlices, generated: Generated) -> int:
+    """Return the side of the tiles: as asked for, or the largest that fits every slice, at most 196 px.
+
+    Raises:
+        InputError: the tile does not fit, or the slices are too small to read.
+    """
+    shortest = min(real.shortest_side, *(min(picture.height, picture.width) for picture in generated.pictures))
+    if shortest < SMALLEST_TILE:
+        raise InputError(
+            f"slices of {shortest} px are too small to read; at least {SMALLEST_TILE} px on each side are needed"
+        )
+    if config.tile_size is not None and config.tile_size > shortest:
+        raise InputError(
+            f"--tile_size {config.tile_size}: the shortest side of a slice is {shortest} px; at most {shortest}"
+        )
+    return config.tile_size or min(LARGEST_TILE, shortest)
+
+
+def hashes_of(config: SlicesConfig, base_hash: str, train: Path | None = None) -> dict[str, str]:
+    """Return the hashes of the lists of slices compared and of the model; ``train`` if that is another folder."""
+    files = {
+        "train": (train or config.real / "train") / METADATA_NAME,
+        "validation": config.real / "validation" / METADATA_NAME,
+        "records": config.generated / RECORDS_NAME,
+    }
+    hashes = {name: sha256_of(path) for name, path in files.items() if path.is_file()}
+    return {**hashes, "base_model": base_hash} if base_hash else hashes
 
 
 def read_real(folder: Path, vocabulary: Vocabulary) -> RealSlices:
@@ -172,6 +224,7 @@ def read_generated(folder: Path, real: RealSlices, vocabulary: Vocabulary) -> Ge
             for item in adapters
             if isinstance(item, dict) and "name" in item and isinstance(item.get("scale", 1.0), int | float)
         ),
+        adapter_hashes=tuple(str(item.get("hash", "")) for item in adapters if isinstance(item, dict)),
     )
 
 

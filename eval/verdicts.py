@@ -53,25 +53,31 @@ class Policy:
         sets: probe set -> its limits.
         other: limits of a set of the user's own.
         divergence_ratio: share of the in-domain change that other prompts may undergo unnoticed; None: not judged.
+        is_gate: whether a stop ends the command with the exit code of a gate.
     """
 
     sets: Mapping[str, Limits]
     other: Limits
     divergence_ratio: float | None
+    is_gate: bool = False
 
     def of(self, probe_set: str) -> Limits:
         """Return the limits of a set; one of the user's own is judged like those far from the domain."""
         return self.sets.get(probe_set, self.other)
 
 
-def read_policy(name: str) -> Policy:
-    """Read a policy: ``guard``, ``strict`` (half the margins), ``report`` (judges nothing), or a YAML file.
+def read_policy(name: str, flag: str = "--policy") -> Policy:
+    """Read a policy: ``guard``, ``strict`` (half the margins, and a gate), ``report`` (judges nothing), or a YAML file.
+
+    Args:
+        name: which.
+        flag: the option it was given to, for errors.
 
     Raises:
         UsageError: no such policy or file, or the file is no policy, saying what is wrong in it.
     """
     path = POLICY_FILE if name in {"guard", "strict", "report"} else Path(name)
-    where = f"--policy {name}"
+    where = f"{flag} {name}"
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError):
@@ -84,7 +90,10 @@ def read_policy(name: str) -> Policy:
     ratio = content.get("divergence_ratio")
     if ratio is not None and not _is_share(ratio):
         raise UsageError(f"{where}: divergence_ratio {ratio!r}: a number from 0 to 1")
-    policy = Policy(sets=sets, other=sets.pop("other", Limits()), divergence_ratio=ratio)
+    is_gate = content.get("gate", False)
+    if not isinstance(is_gate, bool):
+        raise UsageError(f"{where}: gate {is_gate!r}: true or false")
+    policy = Policy(sets=sets, other=sets.pop("other", Limits()), divergence_ratio=ratio, is_gate=is_gate)
     if name == "report":
         return Policy(sets={key: Limits() for key in sets}, other=Limits(), divergence_ratio=None)
     return _halved(policy) if name == "strict" else policy
@@ -120,6 +129,7 @@ def _halved(policy: Policy) -> Policy:
         sets={name: strict(limits) for name, limits in policy.sets.items()},
         other=strict(policy.other),
         divergence_ratio=None if ratio is None else ratio / 2,
+        is_gate=True,
     )
 
 
@@ -138,7 +148,7 @@ def judge_prompt(metric: str, score: Interval, band: Interval, limits: Limits, p
         pictures: per prompt.
     """
     warn, stop = _pair(metric, limits)
-    stop = limits.retention_stop_prompt if metric == "retention" else stop
+    stop = limits.retention_stop_prompt if metric.endswith("retention") else stop
     if grey := _grey(warn, stop, pictures):
         return "grey", grey
     value = _badness(metric, score)[0]
@@ -196,7 +206,7 @@ def _pair(metric: str, limits: Limits) -> tuple[float | None, float | None]:
     """Return the warn and the stop limit of a score."""
     if metric == "leak":
         return limits.leak_warn, limits.leak_stop
-    if metric == "retention":
+    if metric.endswith("retention"):  # by patches and colour, or by CLIP
         return limits.retention_warn, limits.retention_stop
     if metric.endswith("_ratio"):
         return limits.colour_warn, limits.colour_stop

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,7 @@ import torch
 from skimage.color import rgb2gray, rgb2hsv
 from test_leak import stripes, weave, write_split
 
-from configs.errors import UsageError
+from configs.errors import GateError, UsageError
 from eval.colour import colourfulness, luminance, saturation
 from eval.config import SamplingConfig
 from eval.distances import Interval
@@ -153,7 +154,7 @@ def test_nothing_to_compare_is_refused(tmp_path: Path) -> None:
 def test_a_list_without_light_probes_asks_for_all(toy_sd: Path, tmp_path: Path) -> None:
     path = tmp_path / "probes.yaml"
     path.write_text("version: 1\nlight: []\nsets: {G0: {probes: {a: x}}}\n")
-    with pytest.raises(UsageError, match="marks no probe as light; pass --full"):
+    with pytest.raises(UsageError, match="marks no probe as light; pass --mode full"):
         main(settings(toy_sd, path, tmp_path / "out"))
 
 
@@ -423,3 +424,57 @@ def test_a_broken_policy_is_one_clear_line(text: str, message: str, tmp_path: Pa
 def test_an_unknown_policy_names_the_known_ones() -> None:
     with pytest.raises(UsageError, match="--policy gaurd: neither guard, strict, report nor a readable file"):
         read_policy("gaurd")
+
+
+def test_a_pulse_makes_no_pictures_and_reads_the_same_divergence(
+    toy_sd: Path, probes: Path, lora: Path, drifted: Path, tmp_path: Path
+) -> None:
+    main(settings(toy_sd, probes, tmp_path / "out", adapter=(lora,), num_images=4, mode="pulse"))
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["config.yaml", "results.jsonl"]
+    found, whole = (of(read_results(folder / "results.jsonl"), "divergence") for folder in (tmp_path / "out", drifted))
+    # Both sample the base's latents, in batches of another size.
+    assert [row.value for row in found] == pytest.approx([row.value for row in whole], rel=1e-4)
+
+
+def test_a_sweep_moves_more_with_every_strength_and_ends_at_the_whole(
+    toy_sd: Path, probes: Path, lora: Path, drifted: Path, tmp_path: Path
+) -> None:
+    main(settings(toy_sd, probes, tmp_path / "out", adapter=(lora,), num_images=4, sweep=(0.5, 0.25)))
+    rows = read_results(tmp_path / "out" / "sweep.jsonl")
+    moved = of(rows, "sweep_captions_moved")
+    assert [row.set for row in moved] == ["strength 0.25", "strength 0.5", "strength 1"]
+    assert 0 < (moved[0].value or 0) < (moved[1].value or 0) < (moved[2].value or 0) == 1
+    whole, again = (read_results(folder / "results.jsonl") for folder in (drifted, tmp_path / "out"))
+    assert [row.value for row in whole] == [row.value for row in again]
+    assert (tmp_path / "out" / "strength-0.25" / "G0-squares-seed0000.png").is_file()
+
+
+@pytest.mark.parametrize("sweep", [(0.0,), (1.0,), (0.5, 0.5)])
+def test_a_strength_that_is_none_is_refused(
+    sweep: tuple[float, ...], toy_sd: Path, probes: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(ValueError, match=r"--sweep .*: different strengths between 0 and 1"):
+        settings(toy_sd, probes, tmp_path, sweep=sweep)
+
+
+def test_strict_ends_a_stop_with_the_code_of_a_gate_and_keeps_the_results(
+    toy_sd: Path, probes: Path, tmp_path: Path
+) -> None:
+    """A decoder that makes everything grey loses all colour of every probe."""
+    from safetensors.torch import load_file, save_file
+
+    tuned = shutil.copytree(toy_sd, tmp_path / "grey")
+    file = next((tuned / "vae").glob("*.safetensors"))
+    weights = load_file(file)
+    weights["decoder.conv_out.weight"] *= 0.01
+    save_file(weights, file, metadata={"format": "pt"})
+    config = settings(toy_sd, probes, tmp_path / "out", adapter=(), base=str(toy_sd), num_images=4, policy="strict")
+    with pytest.raises(GateError, match=r"--policy strict: drift \(.*\); worst prompt") as raised:
+        main(dataclasses.replace(config, pretrained_model_name_or_path=str(tuned)))
+    assert raised.value.exit_code == 5
+    assert (tmp_path / "out" / "results.jsonl").is_file()
+
+
+def test_strict_is_a_gate_and_guard_is_none() -> None:
+    assert read_policy("strict").is_gate
+    assert not read_policy("guard").is_gate

@@ -11,6 +11,7 @@ from PIL import Image
 
 from configs.errors import InputError, NothingLeftError, UsageError
 from data_prep.manifest import SliceRow, write_manifest, write_rows
+from eval.config import SlicesConfig
 from eval.fidelity import FidelityConfig, main
 from eval.fidelity_rows import Naming, Seen, Sets, fidelity_rows
 from eval.results import Result, read_results
@@ -86,13 +87,11 @@ def write_generated(
 
 def config(real: Path, generated: Path, output: Path) -> FidelityConfig:
     return FidelityConfig(
-        real=real,
-        generated=generated,
+        slices=SlicesConfig(real=real, generated=generated, bootstrap_draws=100),
         output_dir=output,
         train_tiles=64,
         held_out_tiles=30,
         classifier_steps=60,
-        bootstrap_draws=100,
     )
 
 
@@ -225,14 +224,16 @@ def test_a_split_folder_instead_of_the_dataset_is_pointed_at(dataset: Path, tmp_
 
 def test_a_tile_larger_than_the_slices_is_refused(dataset: Path, tmp_path: Path) -> None:
     generated = write_generated(tmp_path / "slices", each=1)
+    large = SlicesConfig(real=dataset, generated=generated, tile_size=64)
     with pytest.raises(InputError, match="--tile_size 64: the shortest side of a slice is 32 px"):
-        main(replace(config(dataset, generated, tmp_path / "out"), tile_size=64))
+        main(replace(config(dataset, generated, tmp_path / "out"), slices=large))
 
 
 def test_a_model_named_on_the_command_line_must_be_there(dataset: Path, tmp_path: Path) -> None:
     settings = config(dataset, write_generated(tmp_path / "slices", each=1), tmp_path / "out")
+    model = replace(settings.slices, pretrained_model_name_or_path=str(tmp_path / "missing"))
     with pytest.raises(UsageError, match="--pretrained_model_name_or_path"):
-        main(replace(settings, classifier_steps=1, pretrained_model_name_or_path=str(tmp_path / "missing")))
+        main(replace(settings, classifier_steps=1, slices=model))
 
 
 def test_blocks_kept_for_the_floor_are_not_learned_from(dataset: Path) -> None:

@@ -13,6 +13,7 @@ from scipy.ndimage import gaussian_filter
 
 from configs.errors import InputError
 from data_prep.manifest import SliceRow, write_manifest, write_rows
+from eval.config import SlicesConfig
 from eval.copies import Matches, planted
 from eval.features import Tiles
 from eval.memorization import MemorizationConfig, main
@@ -183,13 +184,11 @@ def write_generated(folder: Path, dataset: Path, copied: int) -> Path:
 
 def settings(dataset: Path, generated: Path, output: Path) -> MemorizationConfig:
     return MemorizationConfig(
-        real=dataset,
-        generated=generated,
+        slices=SlicesConfig(real=dataset, generated=generated, bootstrap_draws=100),
         output_dir=output,
         held_out_tiles=64,
         copy_net_steps=0,
         gallery=4,
-        bootstrap_draws=100,
     )
 
 
@@ -242,6 +241,7 @@ def test_a_folder_of_few_slices_is_what_is_searched(dataset: Path, tmp_path: Pat
 
 def test_a_tile_larger_than_the_slices_is_refused(dataset: Path, tmp_path: Path) -> None:
     made = write_generated(tmp_path / "slices", dataset, 0)
+    large = SlicesConfig(real=dataset, generated=made, tile_size=64)
     with pytest.raises(InputError, match="--tile_size 64: the shortest side of a slice is 48 px"):
-        main(replace(settings(dataset, made, tmp_path / "out"), tile_size=64))
+        main(replace(settings(dataset, made, tmp_path / "out"), slices=large))
     assert not (tmp_path / "out").exists()
