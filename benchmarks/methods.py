@@ -286,7 +286,14 @@ def generation(config: MethodsConfig, name: str, model: Sequence[str], prompts: 
 def drift(config: MethodsConfig, arm: Arm, run: Path) -> list[str]:
     """Return the command that asks the probes of a trained arm."""
     words = [*_model_of(arm, run), *(["--base", BASE] if arm.saves_pipeline else [])]
-    words += ["--probes", str(config.output_dir / "probes.yaml"), "--real", str(config.demo / "weave"), "--full"]
+    words += [
+        "--probes",
+        str(config.output_dir / "probes.yaml"),
+        "--real",
+        str(config.demo / "weave"),
+        "--mode",
+        "full",
+    ]
     words += ["--num_inference_steps", "1" if config.trial else "15", "--batch_size", "36"]
     words += ["--num_timesteps", "2", "--num_images", "1"] if config.trial else []
     words += ["--output_dir", str(config.output_dir / "drift" / run.name), "--overwrite"]
