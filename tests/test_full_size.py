@@ -18,6 +18,23 @@ from data_prep.manifest import read_manifest, read_rows
 SHAPES = {"dry": (359, 702, 970), "dry_compacted": (197, 863, 773), "injected": (287, 701, 633)}
 AXES = {"thickness": 0, "warp": 1, "weft": 2}
 
+# The peak of this program alone: ru_maxrss would begin with that of the process that started it.
+_MEASURED = """
+import re, runpy, sys
+sys.argv = sys.argv[1:]
+try:
+    runpy.run_module(sys.argv[0], run_name="__main__")
+finally:
+    peak = re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read()).group(1)
+    print("rchar", open("/proc/self/io").read().split()[1], peak)
+"""
+
+
+def _measured(output: str) -> tuple[int, int]:
+    """Return the bytes read and the peak memory in KiB that a program run by ``_MEASURED`` printed."""
+    read, peak_kib = output.rsplit("rchar ", 1)[1].split()
+    return int(read), int(peak_kib)
+
 
 @pytest.mark.slow
 def test_three_full_size_volumes_give_5485_slices_within_a_gigabyte(tmp_path: Path) -> None:
@@ -26,12 +43,9 @@ def test_three_full_size_volumes_give_5485_slices_within_a_gigabyte(tmp_path: Pa
         tifffile.imwrite(tmp_path / f"{state}.tif", random.integers(0, 4096, shape, dtype=np.uint16))
     volumes = [f"{state}={tmp_path / state}.tif" for state in SHAPES]
     command = ["data_prep.slice", "--volumes", *volumes, "--split", "none", "--fit", "native", "--memory_gb", "1"]
-    inside = "import resource,runpy,sys;sys.argv=sys.argv[1:];m=sys.argv[0];"
-    inside += "\ntry: runpy.run_module(m,run_name='__main__')\nfinally: "
-    inside += "print('peak_kib',resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"
-    words = [sys.executable, "-c", inside, *command, "--output_dir", str(tmp_path / "out")]
+    words = [sys.executable, "-c", _MEASURED, *command, "--output_dir", str(tmp_path / "out")]
     output = subprocess.run(words, check=True, capture_output=True, text=True).stdout
-    assert int(output.rsplit("peak_kib", 1)[1]) * 1024 < 1e9
+    assert _measured(output)[1] * 1024 < 1e9
 
     rows = read_rows(tmp_path / "out" / "train")
     counts = {state: sum(row.state == state for row in rows) for state in SHAPES}
@@ -62,13 +76,9 @@ def test_a_volume_of_twenty_gigabytes_is_sliced_within_one(tmp_path: Path) -> No
     del volume
     command = ["data_prep.slice", "--volumes", f"dry={path}", "--split", "none", "--max_per_axis", "3"]
     command += ["--window", "range", "--window_range", "0", "60000", "--memory_gb", "1"]
-    inside = "import resource,runpy,sys;sys.argv=sys.argv[1:];m=sys.argv[0];"
-    inside += "\ntry: runpy.run_module(m,run_name='__main__')\nfinally: "
-    inside += "print('rchar',open('/proc/self/io').read().split()[1],"
-    inside += "'peak_kib',resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"
-    words = [sys.executable, "-c", inside, *command, "--output_dir", str(tmp_path / "out")]
+    words = [sys.executable, "-c", _MEASURED, *command, "--output_dir", str(tmp_path / "out")]
     output = subprocess.run(words, check=True, capture_output=True, text=True).stdout
-    read, peak_kib = (int(word) for word in output.split("rchar ")[1].split(" peak_kib "))
+    read, peak_kib = _measured(output)
     print(f"{size / 1e9:.1f} GB: {read / size:.2f} times its size read, {peak_kib / 1024:.0f} MiB at the most")
     assert peak_kib < 1 << 20
     # Once for the slices, once for the hash, and the planes that the statistics look at.
