@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
-from test_report import SCRIPT, write_dataset, write_drift, write_fidelity, write_run
+from test_report import SCRIPT, watch_run, write_dataset, write_drift, write_fidelity, write_run
 
 from eval.report import ReportConfig, main
 
@@ -42,9 +42,10 @@ def browse(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
 @pytest.fixture(scope="module")
 def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("browser")
-    run = write_run(folder / "lora", write_dataset(folder / "weave"))
+    run = watch_run(write_run(folder / "lora", write_dataset(folder / "weave")))
     fidelity = write_fidelity(folder / "fidelity", caption=SCRIPT)
-    main(ReportConfig(run=run, results=(fidelity, write_drift(folder / "drift")), output=folder / "report.html"))
+    checks = [write_drift(folder / name) for name in ("step-100", "step-200")]
+    main(ReportConfig(run=run, results=(fidelity, *checks), output=folder / "report.html"))
     return folder / "report.html"
 
 
@@ -94,3 +95,24 @@ def test_it_prints(page: Path, tmp_path: Path) -> None:
     paper = tmp_path / "report.pdf"
     browse(tmp_path, f"--print-to-pdf={paper}", page.as_uri())
     assert paper.read_bytes().startswith(b"%PDF")
+
+
+def test_the_slider_shows_one_frame_of_each_film_and_names_it(page: Path, tmp_path: Path) -> None:
+    """The probe moves the slider to its end, and writes what is seen into the title."""
+    moved = "slider.value = slider.max; slider.dispatchEvent(new Event('input'))"
+    seen = "[...film.querySelectorAll('.frame')].map((one) => one.offsetHeight > 0 ? 1 : 0).join('')"
+    look = f"const film = document.querySelector('.film'), slider = film.querySelector('input'); const first = {seen}"
+    names = "film.querySelector('output').value"
+    probe = (
+        f"<script>onload = () => {{ {look}; {moved}; document.title = first + '/' + {seen} + '/' + {names} }}</script>"
+    )
+    text = re.sub(r"<meta http-equiv[^>]*>", "", page.read_text()).replace("</body>", probe + "</body>")
+    (tmp_path / "probe.html").write_text(text)
+    dom = browse(tmp_path, "--dump-dom", (tmp_path / "probe.html").as_uri()).stdout
+    assert "<title>100/001/step-200</title>" in dom
+
+
+def test_the_pages_own_policy_lets_its_script_run(page: Path, tmp_path: Path) -> None:
+    dom = browse(tmp_path, "--dump-dom", page.as_uri()).stdout
+    assert 'class="film moves"' in dom
+    assert 'aria-valuetext="base"' in dom

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from configs.errors import InputError, UsageError
+from configs.errors import GateError, InputError, UsageError
 from data_prep.manifest import write_manifest
 from eval.report import ReportConfig, main
 from eval.report_inputs import LONGEST_SIDE, Pictures
@@ -150,6 +150,20 @@ def write_drift(folder: Path, prompt: str = "two zebras") -> Path:
         records.append({"file_name": f"{model}/a.png", "model": model, "set": "G0", "prompt": prompt, "seed": 0})
     (folder / "records.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
     return folder
+
+
+def watch_run(run: Path, prompt: str = "two zebras", name: str = "G0") -> Path:
+    """Write what a run notes that was watched, stopped at step 200 and kept the weights of step 100."""
+    lines: list[dict[str, object]] = []
+    for step, kept in ((0, 1.0), (100, 0.9), (200, 0.2)):
+        lines.append({"step": step, "kind": "pulse", "ratio": step / 400, "prompts": {}, "seconds": 0.1})
+        row = {"metric": "retention", "set": name, "value": kept, "low": kept - 0.1, "high": min(1, kept + 0.1)}
+        band = {"metric": "retention_aa", "set": name, "value": 0.98, "low": 0.9, "high": 1.0}
+        lines.append({"step": step, "kind": "check", "rows": [row, {**row, "prompt": prompt}, band], "seconds": 1})
+    (run / "drift.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    selection = {"selected_step": 100, "last_step": 200, "planned_steps": 600, "ended": "drift", "reason": prompt}
+    (run / "selection.json").write_text(json.dumps({**selection, "cost": {"share": 0.04}}))
+    return run
 
 
 def render(output: Path, run: Path | None = None, *results: Path) -> str:
@@ -338,3 +352,66 @@ def test_text_of_copies_and_comparisons_is_escaped(tmp_path: Path, kind: str) ->
     text = render(tmp_path / "report.html", None, folder)
     assert "script" not in Page(text).tags
     assert "&lt;script&gt;" in text
+
+
+def test_a_watched_run_shows_curves_marks_and_what_was_kept(tmp_path: Path) -> None:
+    run = watch_run(write_run(tmp_path / "lora", write_dataset(tmp_path / "weave")))
+    text = render(tmp_path / "report.html", run)
+    assert "Weights kept: step 100 of 200; stopped at step 200 of 600: drift." in text
+    assert "Kept from 1.00 at step 0 to 0.20 at step 200." in text
+    assert "Looking took 4.0% of the time." in text
+    pictures = [base64.b64decode(found) for found in re.findall(r"svg\+xml;base64,([^\"]+)", text)]
+    assert sum(b"kept, step 100" in picture and b"stopped, step 200" in picture for picture in pictures) == 2
+    assert sum(b"base, A/A" in picture for picture in pictures) == 1
+    heat = text.partition('<table class="heat">')[2].partition("</table>")[0]
+    assert re.findall(r">([\d.]+)</td>", heat) == ["1.00", "0.90", "0.20"]
+
+
+def test_a_film_has_a_frame_per_check_after_the_base(tmp_path: Path) -> None:
+    checks = [write_drift(tmp_path / name) for name in ("step-100", "step-200", "step-300")]
+    page = Page(text := render(tmp_path / "report.html", None, *checks))
+    film = text.partition('<div class="film">')[2].partition("</figure>")[0]
+    assert 'data-names="base\nstep-100\nstep-200\nstep-300"' in film
+    assert film.count('<div class="frame">') == film.count("data:image/png") == 4
+    assert page.tags.count("script") == 1
+
+
+def test_the_one_script_is_allowed_by_its_hash_and_no_other(tmp_path: Path) -> None:
+    import hashlib
+
+    checks = [write_drift(tmp_path / name) for name in ("a", "b")]
+    text = render(tmp_path / "report.html", None, *checks)
+    script = text.partition("<script>")[2].partition("</script>")[0]
+    allowed = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    assert f"script-src 'sha256-{allowed}'\"" in text
+
+
+def test_previews_of_a_run_are_a_film(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "lora", write_dataset(tmp_path / "weave"))
+    for step in (0, 100, 200):
+        write_png(run / "previews" / f"step-{step:06d}.png")
+    assert 'data-names="base\nstep 100\nstep 200"' in render(tmp_path / "report.html", run)
+
+
+def test_strict_exits_as_a_gate_once_the_page_is_written(tmp_path: Path) -> None:
+    drift, output = write_drift(tmp_path / "drift"), tmp_path / "report.html"
+    with pytest.raises(GateError, match=r"--policy strict: drift: Worst prompt: two zebras"):
+        main(ReportConfig(results=(drift,), output=output, policy="strict"))
+    assert output.is_file()
+
+
+def test_strict_lets_pass_what_does_not_stop(tmp_path: Path) -> None:
+    main(ReportConfig(results=(write_fidelity(tmp_path / "f"),), output=tmp_path / "report.html", policy="strict"))
+
+
+def test_the_split_is_drawn_as_shares_of_its_direction(whole: str) -> None:
+    shares = re.findall(r'<span class="(train|guard|validation)" style="flex: ([\d.]+)"', whole)
+    assert shares == [("train", "62.85"), ("guard", "9.38"), ("validation", "27.78")]
+
+
+@pytest.mark.parametrize("what", ["prompt", "name"])
+def test_text_of_a_watched_run_is_escaped(tmp_path: Path, what: str) -> None:
+    run = watch_run(write_run(tmp_path / "lora", write_dataset(tmp_path / "weave")), **{what: SCRIPT})
+    text = render(tmp_path / "report.html", run)
+    assert "script" not in Page(text).tags
+    assert SCRIPT not in text
