@@ -87,6 +87,9 @@ def command(config_class: type[C], main: Callable[[C], None]) -> None:
     memory and for what nobody foresaw; 130 when interrupted and 143 when terminated. ``--debug`` adds the traceback.
     """
     signal.signal(signal.SIGTERM, _terminate)
+    # Before anything imports them: they give notices about packages that nobody asked for.
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
     try:
         main(load(config_class))
     except (Exception, KeyboardInterrupt, Terminated) as error:
