@@ -119,7 +119,7 @@ def arms(out: Path) -> tuple[Arm, ...]:
             recipe="full",
             preset="tiny_full",
             words=slices,
-            legs=(75, 150, 300),
+            legs=(150, 300, 600),
             saves_pipeline=True,
         ),
         Arm(
@@ -200,7 +200,7 @@ def main(config: MethodsConfig) -> None:
         raise UsageError(f"--only {' '.join(config.only)}: must be of {', '.join(arm.name for arm in arms(out))}")
     out.mkdir(parents=True, exist_ok=True)
     _prepare(config, weave)
-    classifier, admission = _classifier(weave, config.seed, num_steps=20 if config.trial else 600)
+    classifier, admission = train_reader(weave, config.seed, num_steps=20 if config.trial else 600)
     print(f"classifier on held-out slices: state {admission['state']:.3f}, axis {admission['axis']:.3f}")
 
     rows: list[Row] = []
@@ -209,7 +209,7 @@ def main(config: MethodsConfig) -> None:
     for name, prompts in base.items():
         folder = _generate(config, f"base-{name}", ["--pretrained_model_name_or_path", BASE], prompts)
         pictures[f"embedded model, {name}"] = _shown(folder, prompts)
-        reading = _agreement(classifier, folder, DEFAULT, None if name == "captions" else CONCEPT)
+        reading = read_agreement(classifier, folder, DEFAULT, None if name == "captions" else CONCEPT)
         rows.append(
             Row(name=f"base_{name}", title=f"no training, {name}", steps=0, seconds=0, num_weights=0, megabytes=0,
                 **reading)
@@ -278,7 +278,8 @@ def generation(config: MethodsConfig, name: str, model: Sequence[str], prompts: 
     """Return the command that generates 72 pictures in all, as many of each prompt, or 24 of a single one."""
     count = (8, 24) if not config.trial else (1, COLUMNS)
     words = [*model, "--prompts", *prompts, "--num_images", str(count[len(prompts) == 1]), "--seed", str(config.seed)]
-    words += ["--num_inference_steps", "1" if config.trial else "20", "--batch_size", "36"]
+    # Guidance of 7.5 drives a model this small to black and white.
+    words += ["--guidance_scale", "3", "--num_inference_steps", "1" if config.trial else "20", "--batch_size", "36"]
     words += ["--output_dir", str(config.output_dir / "pictures" / name), "--overwrite"]
     return [sys.executable, "-m", "eval.generate", *words]
 
@@ -314,7 +315,7 @@ def _run(config: MethodsConfig, arm: Arm, leg: int, classifier: SliceClassifier)
         seconds=round(logged["elapsed_s"], 1),
         num_weights=_num_learned(run),
         megabytes=round(sum(path.stat().st_size for path in _weights(run)) / 1e6, 2),
-        **_agreement(classifier, folder, arm.vocabulary, None if arm.prompt is None else CONCEPT),
+        **read_agreement(classifier, folder, arm.vocabulary, None if arm.prompt is None else CONCEPT),
     )
     if arm.legs:  # the next leg writes over it
         shutil.copytree(run, _leg(run, row.steps), dirs_exist_ok=True, ignore=shutil.ignore_patterns("checkpoint-*"))
@@ -387,7 +388,7 @@ def _drift(config: MethodsConfig, arm: Arm, row: Row) -> Row:
     )
 
 
-def _classifier(weave: Path, seed: int, num_steps: int) -> tuple[SliceClassifier, dict[str, float]]:
+def train_reader(weave: Path, seed: int, num_steps: int) -> tuple[SliceClassifier, dict[str, float]]:
     """Train the reader of state and axis once, and check it on held-out slices."""
     from eval.features import draw_cuts, read_tiles
     from eval.slice_classifier import read_slices, train_classifier
@@ -407,7 +408,7 @@ def _classifier(weave: Path, seed: int, num_steps: int) -> tuple[SliceClassifier
     }
 
 
-def _agreement(
+def read_agreement(
     classifier: SliceClassifier, folder: Path, vocabulary: Vocabulary, concept: tuple[str, str] | None
 ) -> dict[str, Any]:
     """Return the shares of pictures that show the state and axis asked for."""
