@@ -91,6 +91,7 @@ def _training(folder: Path, told: Mapping[str, Any]) -> dict[str, object]:
     whole = {f"loss at fixed noise, {row['set']} images": row["loss"] for row in heldout}
     return {
         "steps": told.get("steps"),
+        "steps planned": None if told.get("planned_steps") == told.get("steps") else told.get("planned_steps"),
         "mean loss since the line before the last": last[0].get("loss") if last else None,
         "seconds": last[0].get("elapsed_s") if last else None,
         **whole,

@@ -177,22 +177,17 @@ class DriftWatch:
         run = self.opened.run
         if not self.is_on or not run.is_main:
             return
-        # A run that went back to an early checkpoint may have lost the weights of a check before it.
-        there = [check for check in self.checks if self._path(check.step).is_file()] if self.judges else self.checks
-        chosen = select(there)
-        kept = self.last_step
-        if self.judges and self.config.keep == "selected" and chosen is not None:
-            kept = chosen.step
-            saved = load_file(self._path(kept))
-            with torch.no_grad():
-                for tensors in (self.learns.parameters, self.averages.tensors):
-                    for name, value in tensors.items():
-                        value.copy_(saved[name])
-        reason = why_selected(there, last_step=self.last_step)
+        chosen, kept = select(self.checks), self.last_step
+        reason = why_selected(self.checks, last_step=self.last_step)
         if not self.judges:
             reason = "the last weights are kept (--drift_policy report)"
         elif self.config.keep == "last":
             reason = f"the last weights are kept (--keep last), not those of step {chosen.step if chosen else 'none'}"
+        elif chosen is not None and not self._path(chosen.step).is_file():
+            reason = f"the last weights are kept: {self._path(chosen.step)} is gone"
+        elif chosen is not None:
+            kept = chosen.step
+            self._put_back(self._path(kept))
         content = {
             "selected_step": kept,
             "last_step": self.last_step,
@@ -210,6 +205,14 @@ class DriftWatch:
         saved_steps = f"ended at step {self.last_step}, {content['saved_steps']} of {run.planned_steps} steps saved"
         run.say(f"drift: {f'{self.ended}: {saved_steps}; ' if self.ended else ''}{reason} ({SELECTION})")
         run.say(f"drift: {self._cost_in_words()}")
+
+    @torch.no_grad()
+    def _put_back(self, path: Path) -> None:
+        """Give what learned, and its averages, the values of a file."""
+        saved = load_file(path)
+        for tensors in (self.learns.parameters, self.averages.tensors):
+            for name, value in tensors.items():
+                value.copy_(saved[name])
 
     def _refuse_what_cannot_be_compared(self) -> None:
         """Refuse runs whose predictions or weights cannot be held against those of the base model."""
@@ -232,9 +235,9 @@ class DriftWatch:
 
     def _start(self) -> None:
         """Make and keep what the base model makes of the probes and captions, before anything is learned."""
-        with self.clock.measures("check", is_start=True):
-            with _adapters_off(self.opened):
-                self.base = self.light.keep()
+        with self.clock.measures("check", is_start=True), _adapters_off(self.opened):
+            self.base = self.light.keep()
+        with self.clock.measures("start"):
             self.folder.mkdir(exist_ok=True)
             save_file(self.base, self.folder / BASE)
             self._learn_slices()
@@ -281,16 +284,14 @@ class DriftWatch:
 
     def _check(self, step: int) -> None:
         """Judge pictures and losses; every process takes part in the losses, the first one does the rest."""
-        before_s = self.clock.last_s["check"] if step == 0 else 0.0
+        # A check of step 0 makes no pictures, nothing having changed; two sets were made of the base.
+        more_s = 0.0 if step else self.clock.last_s["check"] / 2
         with self.clock.measures("check", is_start=step == 0):
             losses = {name: self.watch.losses(found).mean(axis=1).tolist() for name, found in self.watch.sets.items()}
             row = self._judged(step, losses) if self.opened.run.is_main else {}
         if not row:
             return
-        if (
-            step == 0
-        ):  # no pictures were made: nothing had changed; those of the base, twice as many, tell what it takes
-            self.clock.last_s["check"] += before_s / 2
+        self.clock.last_s["check"] += more_s
         shows = {"worst_prompt": row["value"], "copying": row["copying"]}
         shows |= {f"{name}_loss": sum(values) / len(values) for name, values in losses.items()}
         self._write(step, "check", row, shows=shows)
@@ -317,7 +318,7 @@ class DriftWatch:
             found["rows"] = [
                 {name: value for name, value in dataclasses.asdict(one).items() if value not in (None, "", {})}
                 for one in results[:-1]
-                if not one.metric.endswith("_aa")
+                if not (one.prompt and one.metric.endswith("_aa"))  # of sets alone: what the page shows
             ]
         first = self.first_losses if step else losses
         falls = {
