@@ -271,6 +271,7 @@ def training(config: MethodsConfig, arm: Arm, leg: int) -> list[str]:
     words += ["--max_train_steps", str(steps)] if steps else []
     words += ["--checkpointing_steps", str(steps)] if arm.legs else []
     words += ["--max_train_samples", "32"] if config.trial and "{weave}/train" in arm.words else []
+    words += ["--token_steps", "1"] if config.trial and arm.recipe == "pivotal_tuning" else []
     return [*launch, *words, *(["--overwrite"] if leg == 0 else [])]
 
 
@@ -295,8 +296,8 @@ def drift(config: MethodsConfig, arm: Arm, run: Path) -> list[str]:
         "--mode",
         "full",
     ]
-    words += ["--num_inference_steps", "1" if config.trial else "15", "--batch_size", "36"]
-    words += ["--num_timesteps", "2", "--num_images", "1"] if config.trial else []
+    words += ["--num_inference_steps", "1" if config.trial else "12", "--batch_size", "36"]
+    words += ["--num_timesteps", "2", "--num_images", "1"] if config.trial else ["--num_images", "3"]
     words += ["--output_dir", str(config.output_dir / "drift" / run.name), "--overwrite"]
     return [sys.executable, "-m", "eval.drift", *words]
 
