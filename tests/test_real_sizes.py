@@ -75,7 +75,13 @@ def write_real_size(folder: Path, toy: Path, name: str) -> Path:
     finally:
         torch.set_default_dtype(default)
     scheduler = DDIMScheduler(
-        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", prediction_type=size["prediction_type"]
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        clip_sample=False,
+        set_alpha_to_one=False,
+        steps_offset=1,
+        prediction_type=size["prediction_type"],
     )
     StableDiffusionPipeline(
         vae=vae.half(),
