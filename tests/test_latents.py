@@ -10,7 +10,17 @@ import torch
 from diffusers import AutoencoderKL
 from torch import Tensor
 
-from finetune.core.latents import cache_folder, cached_moments, encode, module_hash, sample
+from finetune.core.latents import (
+    CachedLatents,
+    StoredLatents,
+    cache_folder,
+    cached_moments,
+    encode,
+    fill_cache,
+    module_hash,
+    read_moments,
+    sample,
+)
 
 KEYS = ["a", "b", "c"]
 SETTINGS = {"size": 32, "crop": "center"}
@@ -91,3 +101,12 @@ def test_another_preparation_has_another_place_in_the_cache(tmp_path: Path) -> N
 def test_no_partial_file_is_left(tmp_path: Path, vae: AutoencoderKL) -> None:
     cached_moments(tmp_path, KEYS, pixels, vae)
     assert [path.suffix for path in tmp_path.iterdir()] == [".safetensors"]
+
+
+def test_latents_left_in_the_files_are_those_in_memory(tmp_path: Path, vae: AutoencoderKL) -> None:
+    files, _ = fill_cache(tmp_path, KEYS, pixels, vae)
+    moments, shape, cpu = read_moments(files, KEYS), (16, 16), torch.device("cpu")
+    resident = CachedLatents(moments={shape: moments}, rows={shape: {key: row for row, key in enumerate(KEYS)}})
+    found, expected = (one.of(shape, KEYS[::-1], cpu) for one in (StoredLatents(files={shape: files}), resident))
+    assert torch.equal(found.mean, expected.mean)
+    assert torch.equal(found.std, expected.std)

@@ -22,7 +22,7 @@ from configs.errors import UsageError
 from finetune.core.config import NoiseConfig, PictureConfig, TrainConfig
 from finetune.core.flips import ways_to_show
 from finetune.core.images import CaptionedImage, raise_together
-from finetune.core.latents import CachedLatents, Moments, cached_latents, encode, sample
+from finetune.core.latents import Latents, Moments, cached_latents, encode, sample
 from finetune.core.models import Models, encode_prompts, tokenize
 from finetune.core.noise import Draws, counter_seed, draw, permutation
 from finetune.core.pictures import (
@@ -54,6 +54,8 @@ class Batch:
         names: of the images' files, for messages.
         positions: in the stream, of each image.
         targets: (B, 4, h, w) float32, what to predict, where it is not the noise or v.
+        distinct: the place of one image for each different prompt, (U,) int64, and which of these each image has, (B,)
+            int64, so that a text encoder that learns reads each once; None: it reads one per image.
     """
 
     latents: Tensor
@@ -65,6 +67,7 @@ class Batch:
     names: tuple[str, ...]
     positions: tuple[int, ...]
     targets: Tensor | None = None
+    distinct: tuple[Tensor, Tensor] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,7 +106,7 @@ class CaptionedBatches:
 
     pictures: list[tuple[Picture, ...]]
     groups: list[tuple[int, ...]]
-    latents: CachedLatents | None
+    latents: Latents | None
     models: Models
     size: int
     prompts: Tensor
@@ -191,6 +194,7 @@ class CaptionedBatches:
             weights=torch.full((len(rows),), weight, device=device),
             names=tuple(picture.image.path.name for picture, _ in rows),
             positions=tuple(position for _, position in rows),
+            distinct=distinct_rows(prompts, device) if self.learns_text else None,
         )
 
     def _latent_shape(self, shape: Shape) -> tuple[int, int, int]:
@@ -205,13 +209,20 @@ class CaptionedBatches:
     def _moments(self, pictures: list[Picture], draws: list[Draws]) -> Moments:
         """Return the posterior of some pictures, from the cache or from the VAE."""
         if self.latents is None:
-            cuts = [one.crop.tolist() if self.config.crops_at_random else CENTRE for one in draws]
+            cuts = [one.crop if self.config.crops_at_random else CENTRE for one in draws]
             return encode(self.models.vae, load_pixels(pictures, cuts, self.config))
         keys = []
         for picture, one in zip(pictures, draws, strict=True):
             places = picture.places(self.config.cache_crops)
-            keys.append(picture.key(places[int(float(one.crop[0]) * len(places))]))
+            keys.append(picture.key(places[int(one.crop[0] * len(places))]))
         return self.latents.of(pictures[0].shape, keys, self.prompts.device)
+
+
+def distinct_rows(rows: Sequence[int], device: torch.device) -> tuple[Tensor, Tensor]:
+    """Return the first place of each different row, (U,) int64, and which of these each one is, (B,) int64."""
+    different = list(dict.fromkeys(rows))
+    first = torch.tensor([rows.index(row) for row in different], device=device)
+    return first, torch.tensor([different.index(row) for row in rows], device=device)
 
 
 def _turn(seed: int, members: Sequence[int], number: int) -> int:

@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -31,7 +33,8 @@ if TYPE_CHECKING:
 
 _SHARD = 512  # images in a file of the cache: few files, and an interrupted run loses little
 _BATCH = 16  # images encoded together
-_MOST_ON_DEVICE = 4 << 30  # bytes of latents kept beside the model; more stay in the memory of the host
+_MOST_ON_DEVICE = 4 << 30  # bytes of latents kept beside the model on a GPU
+_MOST_IN_MEMORY = 256 << 20  # and on a CPU; more stay in the files of the cache, at some 50 us a picture
 
 
 @dataclass(frozen=True)
@@ -54,6 +57,27 @@ class CachedLatents:
         moments = self.moments[shape]
         index = torch.tensor([self.rows[shape][key] for key in keys], device=moments.mean.device)
         return Moments(moments.mean[index].to(device), moments.std[index].to(device))
+
+
+@dataclass(frozen=True, kw_only=True)
+class StoredLatents:
+    """The posteriors of pictures, read from the cache at each use: memory does not grow with their number.
+
+    Attributes:
+        files: for each shape, the file of the cache that holds each key.
+    """
+
+    files: dict[Shape, dict[str, Path]]
+
+    def of(self, shape: Shape, keys: Sequence[str], device: torch.device) -> Moments:
+        """Return the posteriors of some pictures of one shape."""
+        paths = [self.files[shape][key] for key in keys]
+        readers = [_reader(path, path.stat().st_mtime_ns) for path in paths]
+        both = torch.stack([reader.get_tensor(key) for reader, key in zip(readers, keys, strict=True)]).to(device)
+        return Moments(both[:, 0], both[:, 1])
+
+
+Latents = CachedLatents | StoredLatents
 
 
 def sample(mean: Tensor, std: Tensor, noise: Tensor, scaling_factor: float) -> Tensor:
@@ -97,7 +121,19 @@ def cached_moments(
     Returns:
         the moments in the order of ``keys``, on the CPU, and how many images had to be encoded.
     """
-    found = _read_shards(folder, set(keys))
+    files, encoded = fill_cache(folder, keys, pixels, vae)
+    return read_moments(files, keys), encoded
+
+
+def fill_cache(
+    folder: Path, keys: Sequence[str], pixels: Callable[[Sequence[int]], Tensor], vae: AutoencoderKL
+) -> tuple[dict[str, Path], int]:
+    """Encode what the cache lacks; arguments as ``cached_moments``.
+
+    Returns:
+        the file of the cache that holds each key, and how many images had to be encoded.
+    """
+    found = _index_shards(folder, set(keys))
     missing = {key: place for place, key in enumerate(keys) if key not in found}
     folder.mkdir(parents=True, exist_ok=True)
     names, places = list(missing), list(missing.values())
@@ -110,13 +146,24 @@ def cached_moments(
                 for name, mean, std in zip(names[first:last], moments.mean.cpu(), moments.std.cpu(), strict=True):
                     shard[name] = torch.stack([mean, std])
                 bar.update(last - first)
-            _write_shard(folder, shard)
-            found |= shard
-    both = torch.stack([found[key] for key in keys])  # (N, 2, 4, h, w)
-    return Moments(both[:, 0].contiguous(), both[:, 1].contiguous()), len(missing)
+            found |= dict.fromkeys(shard, _write_shard(folder, shard))
+    return found, len(missing)
 
 
-def cached_latents(pictures: Sequence[Picture], vae: AutoencoderKL, config: PictureConfig, run: Run) -> CachedLatents:
+def read_moments(files: Mapping[str, Path], keys: Sequence[str]) -> Moments:
+    """Return the posteriors of images, in the order of ``keys``, on the CPU."""
+    places = defaultdict(list)
+    for place, key in enumerate(keys):
+        places[files[key]].append(place)
+    moments = Moments(*(torch.empty(len(keys), *_stored_shape(files)[1:]) for _ in range(2)))
+    for path, members in places.items():
+        with safe_open(path, framework="pt") as reader:
+            for place in members:
+                moments.mean[place], moments.std[place] = reader.get_tensor(keys[place])
+    return moments
+
+
+def cached_latents(pictures: Sequence[Picture], vae: AutoencoderKL, config: PictureConfig, run: Run) -> Latents:
     """Return the posteriors of all pictures at all their places, from the cache; processes share what is missing.
 
     Raises:
@@ -131,7 +178,8 @@ def cached_latents(pictures: Sequence[Picture], vae: AutoencoderKL, config: Pict
     rank, processes = run.accelerator.process_index, run.accelerator.num_processes
     # Each process encodes its share, then all read the whole; without a common file system they encode the rest.
     shares = [slice(rank, None, processes)] if processes > 1 else []
-    found, encoded = {}, 0
+    found: dict[Shape, dict[str, Path]] = {}
+    encoded = 0
     for share in (*shares, slice(None)):
         for shape in sorted(wanted):
             keys = list(wanted[shape])[share]
@@ -144,7 +192,7 @@ def cached_latents(pictures: Sequence[Picture], vae: AutoencoderKL, config: Pict
 
             try:
                 if keys:
-                    found[shape], number = cached_moments(folder, keys, pixels, vae)
+                    found[shape], number = fill_cache(folder, keys, pixels, vae)
                     encoded += number
             except InputError:
                 check_decodable([picture.image for picture in pictures], config)  # names the others, too
@@ -152,30 +200,45 @@ def cached_latents(pictures: Sequence[Picture], vae: AutoencoderKL, config: Pict
         run.accelerator.wait_for_everyone()
     total = sum(map(len, wanted.values()))
     run.say(f"latents: {encoded} pictures encoded here, {total - encoded} from {root}")
-    size = sum(moments.mean.nbytes + moments.std.nbytes for moments in found.values())
-    device = run.accelerator.device if size <= _MOST_ON_DEVICE else torch.device("cpu")
+    device = run.accelerator.device
+    size = sum(4 * len(files) * math.prod(_stored_shape(files)) for files in found.values())
+    if size > (_MOST_IN_MEMORY if device.type == "cpu" else _MOST_ON_DEVICE):
+        return StoredLatents(files=found)
+    whole = {shape: read_moments(files, list(wanted[shape])) for shape, files in found.items()}
     return CachedLatents(
-        moments={shape: Moments(moments.mean.to(device), moments.std.to(device)) for shape, moments in found.items()},
+        moments={shape: Moments(moments.mean.to(device), moments.std.to(device)) for shape, moments in whole.items()},
         rows={shape: {key: row for row, key in enumerate(cuts)} for shape, cuts in wanted.items()},
     )
 
 
-def _read_shards(folder: Path, wanted: set[str]) -> dict[str, Tensor]:
-    """Return the wanted entries of the cache; a file that is damaged counts as absent."""
-    found: dict[str, Tensor] = {}
+def _index_shards(folder: Path, wanted: set[str]) -> dict[str, Path]:
+    """Return the files of the cache that hold the wanted keys; one that is damaged counts as absent."""
+    found: dict[str, Path] = {}
     for path in sorted(folder.glob("*.safetensors")):
         try:
             with safe_open(path, framework="pt") as reader:
-                for key in wanted.intersection(reader.keys()) - found.keys():
-                    found[key] = reader.get_tensor(key)
+                found |= dict.fromkeys(wanted.intersection(reader.keys()) - found.keys(), path)
         except (SafetensorError, OSError):
             continue
     return found
 
 
-def _write_shard(folder: Path, shard: dict[str, Tensor]) -> None:
+def _stored_shape(files: Mapping[str, Path]) -> tuple[int, ...]:
+    """Return the shape of an entry of the cache, (2, 4, h, w): mean and spread."""
+    key, path = next(iter(files.items()))
+    with safe_open(path, framework="pt") as reader:
+        return tuple(reader.get_slice(key).get_shape())
+
+
+@lru_cache(maxsize=1024)
+def _reader(path: Path, written: int) -> Any:
+    """Return an open file of the cache, as it was written then: its header is read once, its tensors when asked for."""
+    return safe_open(path, framework="pt").__enter__()
+
+
+def _write_shard(folder: Path, shard: dict[str, Tensor]) -> Path:
     """Write one file of the cache beside its place and rename it, so that a reader never sees half of it."""
     name = hashlib.sha256("".join(sorted(shard)).encode()).hexdigest()[:16]
     partial = folder / f"{name}.{os.getpid()}.partial"
     save_file({key: value.contiguous() for key, value in shard.items()}, partial)
-    partial.replace(folder / f"{name}.safetensors")
+    return partial.replace(folder / f"{name}.safetensors")

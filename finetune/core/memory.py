@@ -147,7 +147,7 @@ def _first(batch: Batch, count: int) -> Batch:
         for field in dataclasses.fields(batch)
         if isinstance(value := getattr(batch, field.name), Tensor | tuple)
     }
-    return dataclasses.replace(batch, **cut)
+    return dataclasses.replace(batch, **cut | {"distinct": None})
 
 
 def _optimizer_bytes(parameters: Iterable[nn.Parameter], config: TrainConfig) -> int:

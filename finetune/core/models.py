@@ -93,19 +93,30 @@ class Denoiser(nn.Module):
             part.train(mode and any(parameter.requires_grad for parameter in part.parameters()))
         return self
 
-    def forward(self, noisy_latents: Tensor, timesteps: Tensor, prompt_embeds: Tensor) -> Tensor:
+    def forward(
+        self,
+        noisy_latents: Tensor,
+        timesteps: Tensor,
+        prompt_embeds: Tensor,
+        distinct: tuple[Tensor, Tensor] | None = None,
+    ) -> Tensor:
         """Predict epsilon or v, whichever the U-Net learned.
 
         Args:
             noisy_latents: (B, 4, h, w), scaled.
             timesteps: (B,) int64, in [0, number of training timesteps).
             prompt_embeds: (B, L, D) embeddings, or (B, L) int64 token ids for the text encoder to read first.
+            distinct: of token ids, as in ``batches.Batch``: what is equal is read once, and gradients add up.
 
         Returns:
             (B, 4, h, w).
         """
         if not prompt_embeds.is_floating_point():
-            prompt_embeds = self.text_encoder(prompt_embeds)[0]
+            if distinct is None:
+                prompt_embeds = self.text_encoder(prompt_embeds)[0]
+            else:
+                first, which = distinct
+                prompt_embeds = self.text_encoder(prompt_embeds[first])[0][which]
         return self.unet(noisy_latents, timesteps, encoder_hidden_states=prompt_embeds, return_dict=False)[0]
 
 

@@ -116,7 +116,7 @@ class Draws:
 
     Attributes:
         position: the place in the shuffled stream that it was drawn for.
-        crop: (2,) float32 in [0, 1): where a random crop sits, from top to bottom and from left to right.
+        crop: two numbers in [0, 1): where a random crop sits, from top to bottom and from left to right.
         drop_caption: whether the caption is replaced by the empty one.
         timestep: in [0, T).
         latent_noise: (4, h, w) float32, standard normal, for the sample of the VAE's posterior.
@@ -125,7 +125,7 @@ class Draws:
     """
 
     position: int
-    crop: Tensor
+    crop: tuple[float, float]
     drop_caption: bool
     timestep: int
     latent_noise: Tensor
@@ -154,7 +154,7 @@ def draw(
     arXiv:2301.11706, algorithm 1); it is drawn last, so it may be left out.
     """
     generator = torch.Generator().manual_seed(counter_seed(seed, "image", position))
-    crop = torch.rand(2, generator=generator)
+    down, right = torch.rand(2, generator=generator).tolist()
     dropped = bool(torch.rand((), generator=generator) < caption_dropout)
     timestep = int(torch.randint(num_timesteps, (), generator=generator))
     offset = torch.randn(shape[0], 1, 1, generator=generator)
@@ -164,7 +164,7 @@ def draw(
     input_noise = noise
     if input_perturbation:
         input_noise = noise + input_perturbation * torch.randn(shape, generator=generator)
-    return Draws(position, crop, dropped, timestep, latent_noise, noise, input_noise)
+    return Draws(position, (down, right), dropped, timestep, latent_noise, noise, input_noise)
 
 
 def permutation(seed: int, epoch: int, length: int) -> Tensor:

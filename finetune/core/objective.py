@@ -55,7 +55,8 @@ def denoising_loss(
         schedule: on the batch's device.
         snr_gamma: limit of min-SNR weighting; None for none.
     """
-    prediction = denoiser(noisy_latents(schedule, batch), batch.timesteps, batch.prompts)
+    shared = {} if batch.distinct is None else {"distinct": batch.distinct}
+    prediction = denoiser(noisy_latents(schedule, batch), batch.timesteps, batch.prompts, **shared)
     wanted = batch.targets
     if wanted is None:
         wanted = target(schedule, batch.latents, batch.noise, batch.timesteps)

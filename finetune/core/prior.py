@@ -13,7 +13,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from itertools import zip_longest
@@ -28,7 +28,7 @@ from tqdm import tqdm
 from configs.errors import InputError, UsageError
 from data_prep.manifest import METADATA_NAME
 from eval.config import SamplingConfig
-from finetune.core.batches import Batch, Batches, CaptionedBatches, Update, captioned_batches
+from finetune.core.batches import Batch, Batches, CaptionedBatches, Update, captioned_batches, distinct_rows
 from finetune.core.images import SUFFIXES, CaptionedImage, data_hash, read_folder
 from finetune.core.method_config import PriorConfig
 from finetune.core.models import Denoiser, Models, encode_prompts, tokenize
@@ -101,8 +101,23 @@ def _joined(batches: list[Batch], schedule: NoiseSchedule) -> list[Batch]:
             names=tuple(name for one in batches for name in one.names),
             positions=tuple(place for one in batches for place in one.positions),
             targets=targets,
+            distinct=_joined_rows([one.distinct for one in batches], [len(one.names) for one in batches]),
         )
     ]
+
+
+def _joined_rows(parts: Sequence[tuple[Tensor, Tensor] | None], sizes: Sequence[int]) -> tuple[Tensor, Tensor] | None:
+    """Return which prompts of batches made one are different, as in ``Batch``; those of two batches count as such."""
+    first: list[Tensor] = []
+    which: list[Tensor] = []
+    places = rows = 0
+    for part, size in zip(parts, sizes, strict=True):
+        if part is None:
+            return None
+        first.append(part[0] + places)
+        which.append(part[1] + rows)
+        places, rows = places + size, rows + len(part[0])
+    return torch.cat(first), torch.cat(which)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -126,9 +141,14 @@ class BasePrediction:
             drawn = [counter_seed(self.seed, "prior prompt", place) % len(self.prompts) for place in batch.positions]
             prompts = self.prompts[torch.tensor(drawn, device=self.prompts.device)]
             targets = self.predict(noisy_latents(self.schedule, batch), batch.timesteps, prompts)
-            names = tuple(f"the prior beside {name}" for name in batch.names)
             batches.append(
-                dataclasses.replace(batch, prompts=prompts, targets=targets.to(batch.latents.dtype), names=names)
+                dataclasses.replace(
+                    batch,
+                    prompts=prompts,
+                    targets=targets.to(batch.latents.dtype),
+                    names=tuple(f"the prior beside {name}" for name in batch.names),
+                    distinct=None if batch.distinct is None else distinct_rows(drawn, prompts.device),
+                )
             )
         return Update(batches=batches, weight=update.weight, num_images=update.num_images)
 
