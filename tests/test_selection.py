@@ -72,7 +72,8 @@ def test_no_run_is_ended_before_its_fewest_steps(fewest: int, ends: bool) -> Non
     ],
 )
 def test_three_checks_without_a_lower_loss_end_the_run(losses: list[float], ends: bool) -> None:
-    found = checks(*["ok"] * len(losses), losses=losses)
+    verdicts: list[Verdict] = ["ok"] * len(losses)
+    found = checks(*verdicts, losses=losses)
     assert why_stop(found) == ("no lower loss on held-out images at 3 checks in a row" if ends else "")
 
 

@@ -118,7 +118,7 @@ def train_and_save(
         for_drift=config.drift.drift_probes is not None,
     )
     drift = DriftWatch(config.drift, opened, learns, averages, watch, size=batches.size)
-    looking = (drift, watch, *observers, previews)
+    looking: tuple[Observer, ...] = (drift, watch, *observers, previews)
     num_images = len({image.path for image in opened.images})
     run.say(
         f"{says} from {num_images} images in {run.total_steps} steps of {config.train.train_batch_size} x "

@@ -143,7 +143,7 @@ class DriftWatch:
         self.detector: LeakNet | None = None
         self.why_blind = ""
         self.ended = ""
-        self.last_step = 0
+        self.last_step = checkpoints.step_of(run.checkpoint) if run.checkpoint else 0
         if run.checkpoint is not None and run.is_main:
             self._go_on(run.checkpoint)
 
