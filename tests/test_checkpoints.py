@@ -83,6 +83,25 @@ def test_a_failed_write_leaves_the_one_before_and_nothing_else(tmp_path: Path) -
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-1"]
 
 
+def test_a_removal_cut_short_leaves_nothing_that_looks_like_a_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    parameters, optimizer = make_trained(seed=0)
+    paths = [checkpoints.write(tmp_path, step, parameters=parameters, optimizer=optimizer, state={}) for step in (1, 2)]
+
+    def killed(path: Path, *, ignore_errors: bool = False) -> None:
+        if not ignore_errors:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr("shutil.rmtree", killed)
+    with pytest.raises(KeyboardInterrupt):
+        checkpoints.remove(paths[1])
+    monkeypatch.undo()
+    assert checkpoints.checkpoints(tmp_path) == [paths[0]]
+    checkpoints.clear_remains(tmp_path)
+    assert list(tmp_path.iterdir()) == [paths[0]]
+
+
 def test_a_damaged_checkpoint_is_named(tmp_path: Path) -> None:
     parameters, optimizer = make_trained(seed=0)
     path = checkpoints.write(tmp_path, 1, parameters=parameters, optimizer=optimizer, state={})

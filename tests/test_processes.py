@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -13,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from test_methods import BASE, PRIOR, RECIPES, run_recipe, words_of
 
 from configs.load import load
 from finetune.core.models import LORA_FILE
@@ -68,13 +70,16 @@ def words(base: Path, images: Path, folder: Path, **options: object) -> list[str
     return [word for name, value in values.items() for word in (f"--{name}", str(value))]
 
 
-def torchrun(*arguments: object) -> subprocess.Popen[str]:
+def torchrun(*arguments: object, largest_file: int | None = None) -> subprocess.Popen[str]:
+    """Start two processes in a group of their own; with ``largest_file`` as on a disk that is full."""
+    limit = resource.RLIM_INFINITY if largest_file is None else largest_file
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     return subprocess.Popen(
         [*command, *map(str, arguments)],
         cwd=ROOT,
         env=os.environ | {"PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""},
         start_new_session=True,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY)),
         text=True,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -193,3 +198,54 @@ def test_all_processes_agree_to_stop_and_go_on(
     output, _ = process.communicate(timeout=600)
     assert process.returncode == 0, output
     assert f"continuing after step {done}" in output
+
+
+OPTIONS = {
+    "full": f"--train_text_encoder --use_ema {BASE}",
+    "dreambooth": f"--train_text_encoder --use_ema {PRIOR}",
+    "lora": f"--train_text_encoder --use_ema --use_dora --gradient_checkpointing {BASE}",
+    "lora_dreambooth": f"--train_text_encoder {PRIOR}",
+    "textual_inversion": "--use_ema --num_vectors 2 --caption_dropout 0.3",
+    "pivotal_tuning": f"--use_ema --token_steps 3 --train_text_encoder {PRIOR}",
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_with_every_method_two_processes_end_where_one_does(
+    recipe: str, toy_sd: Path, captioned_images: Path, tmp_path: Path
+) -> None:
+    """Parameters that rest, or have no part in some pass, must not make the processes wait for one another."""
+    line = words_of(recipe, toy_sd, captioned_images, tmp_path) + OPTIONS[recipe].format(root=tmp_path).split()
+    line += ["--learning_rate", "1e-3"]
+    halves = ["--train_batch_size", "1", "--gradient_accumulation_steps", "2"]
+    process = torchrun(ROOT / "finetune" / f"{recipe}.py", *line, *halves)
+    output, _ = process.communicate(timeout=600)
+    assert process.returncode == 0, output
+    run_recipe(recipe, [*line, "--output_dir", str(tmp_path / "one")])
+    paths = [path.relative_to(tmp_path / "one") for path in (tmp_path / "one").rglob("*.safetensors")]
+    for path in [path for path in paths if path.parts[0] != "cache"]:
+        alone, together = load_file(tmp_path / "one" / path), load_file(tmp_path / "run" / path)
+        assert alone.keys() == together.keys()
+        # The bias of keys has no gradient but rounding errors, which Adam makes as large as any other.
+        for name in [name for name in alone if "k_proj.bias" not in name]:
+            torch.testing.assert_close(together[name], alone[name], atol=1e-5, rtol=0)
+
+
+@pytest.mark.slow
+def test_a_full_disk_ends_all_processes_with_one_message(
+    two: Path, toy_sd: Path, captioned_images: Path, tmp_path: Path
+) -> None:
+    asked = words(toy_sd, captioned_images, tmp_path / "run", train_batch_size=2, max_train_steps=2)
+    process = torchrun(ROOT / "finetune" / "lora.py", *asked)
+    output, _ = process.communicate(timeout=600)
+    assert process.returncode == 0, output
+    (tmp_path / "run" / LORA_FILE).unlink()
+    asked += ["--max_train_steps", "6"]
+    process = torchrun(ROOT / "finetune" / "lora.py", *asked, largest_file=8192)
+    output, _ = process.communicate(timeout=600)
+    assert process.returncode == 1
+    assert output.count("error: ") == 1
+    assert "checkpoint-4: cannot be written" in output
+    assert "SIGKILL" not in output  # the other one did not wait for the first until it was killed
+    assert [path.name for path in (tmp_path / "run").glob("checkpoint-*")] == ["checkpoint-2"]

@@ -21,19 +21,23 @@ class Averages:
 
     def __init__(self, learns: Learns, config: EmaConfig) -> None:
         """Start from the parameters as they are."""
-        self._parameters = learns.parameters
-        self._is_offloaded = config.offload_ema
+        self._learns = learns
+        self._config = config
         self._model: EMAModel | None = None
-        if config.use_ema:
-            values = self._parameters.values()
-            self._model = EMAModel(values, decay=config.ema_decay, foreach=config.foreach_ema)
-            if config.offload_ema:
+        self.begin()
+
+    def begin(self) -> None:
+        """Start anew from the parameters as they are now."""
+        if self._config.use_ema:
+            values = self._learns.parameters.values()
+            self._model = EMAModel(values, decay=self._config.ema_decay, foreach=self._config.foreach_ema)
+            if self._config.offload_ema:
                 self._model.to("cpu")
 
     @property
     def tensors(self) -> dict[str, Tensor]:
         """The averages by name; none without ``--use_ema``."""
-        return {} if self._model is None else dict(zip(self._parameters, self._model.shadow_params, strict=True))
+        return {} if self._model is None else dict(zip(self._learns.parameters, self._model.shadow_params, strict=True))
 
     def restore(self, steps: int) -> None:
         """Go on after this many updates, from the tensors that a checkpoint was read into."""
@@ -44,11 +48,11 @@ class Averages:
         """Take the parameters into the averages, after an optimizer step."""
         if self._model is None:
             return
-        values = list(self._parameters.values())
-        if self._is_offloaded:
+        values = list(self._learns.parameters.values())
+        if self._config.offload_ema:
             self._model.to(values[0].device)
         self._model.step(values)
-        if self._is_offloaded:
+        if self._config.offload_ema:
             self._model.to("cpu")
 
     @contextmanager
@@ -57,7 +61,7 @@ class Averages:
         if self._model is None:
             yield
             return
-        values = list(self._parameters.values())
+        values = list(self._learns.parameters.values())
         self._model.store(values)
         self._model.copy_to(values)
         try:

@@ -17,6 +17,7 @@ from finetune.core.objective import denoising_loss
 from finetune.core.open import Opened, Recipe
 from finetune.core.previews import Previews
 from finetune.core.run import Run
+from finetune.core.sharding import gather
 from finetune.core.trainable import Learns, checkpoint_gradients
 from finetune.core.watch import HeldOut, watch_losses
 
@@ -135,6 +136,8 @@ def train_and_save(
             break
 
     drift.finish()
+    if run.is_sharded:
+        gather(denoiser, learns, averages, keeps=run.is_main)
     if run.is_main:
         with averages.in_place():
             run.say(f"saved {save()}; next:")

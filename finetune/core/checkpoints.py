@@ -11,6 +11,7 @@ A folder appears under its name only when it is whole; the oldest goes after the
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 from collections.abc import Mapping
@@ -24,6 +25,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from configs.errors import InputError, TisserandError, UsageError
+from finetune.core.sharding import gathered, shared_as
 
 _NAME = re.compile(r"checkpoint-(\d+)")
 
@@ -67,30 +69,33 @@ def write(
     state: Mapping[str, object],
     averages: Mapping[str, Tensor] | None = None,
     limit: int | None = None,
+    writes: bool = True,
 ) -> Path:
     """Write ``checkpoint-STEP`` into the run folder, then remove the oldest beyond ``limit``.
+
+    Every process must call it, since each may hold a share of the tensors; the one that ``writes`` gets them whole.
 
     Raises:
         TisserandError: it cannot be written, the disk being full, say; those before it are as they were.
     """
     target = folder / f"checkpoint-{step}"
     partial = folder / f"checkpoint-{step}.partial"
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
     tensors, scalars = _optimizer_state(parameters, optimizer)
+    parts = {"learned": parameters, "optimizer": tensors, "averages": averages or {}}
+    whole = {name: gathered(values, keeps=writes) for name, values in parts.items()}
+    if not writes:
+        return target
+    shutil.rmtree(partial, ignore_errors=True)
     try:
-        save_file(
-            {name: value.detach().cpu().contiguous() for name, value in parameters.items()},
-            partial / "learned.safetensors",
-        )
-        save_file(tensors, partial / "optimizer.safetensors")
-        if averages:
-            save_file(
-                {name: value.cpu().contiguous() for name, value in averages.items()}, partial / "averages.safetensors"
-            )
+        partial.mkdir(parents=True)
+        for name, values in whole.items():
+            if values or name != "averages":
+                save_file(values, partial / f"{name}.safetensors")
         entries = {"step": step, **state, "optimizer": scalars, "optimizer_groups": _group_numbers(optimizer)}
         text = json.dumps(entries, indent=1)
         (partial / "state.json").write_text(text + "\n", encoding="utf-8")
+        for path in partial.iterdir():
+            _flush(path)
         if target.exists():
             shutil.rmtree(target)
         partial.rename(target)
@@ -102,8 +107,22 @@ def write(
         shutil.rmtree(partial, ignore_errors=True)
     if limit is not None:
         for old in checkpoints(folder)[:-limit]:
-            shutil.rmtree(old)
+            remove(old)
     return target
+
+
+def remove(path: Path) -> None:
+    """Remove a checkpoint; where that is cut short, what is left does not look like one."""
+    doomed = path.with_name(f"{path.name}.partial")
+    shutil.rmtree(doomed, ignore_errors=True)
+    path.rename(doomed)
+    shutil.rmtree(doomed)
+
+
+def clear_remains(folder: Path) -> None:
+    """Remove what a process that was killed left half-written in a run folder; no other may write there."""
+    for path in folder.glob("*.partial"):
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 def read(
@@ -135,20 +154,25 @@ def read(
         )
     with torch.no_grad():
         for name, parameter in parameters.items():
-            parameter.copy_(learned[name])
+            parameter.copy_(shared_as(learned[name], parameter))
             if averages:
-                averages[name].copy_(means[name])
+                averages[name].copy_(shared_as(means[name], averages[name]))
             entries = {key: value for key, value in state["optimizer"].get(name, {}).items()}
             prefix = f"{name}/"
             for key, value in tensors.items():
                 if key.startswith(prefix):
-                    entry = value.to(parameter.device)
-                    entries[key.removeprefix(prefix)] = entry
+                    entries[key.removeprefix(prefix)] = shared_as(value, parameter)
             if entries:
                 optimizer.state[parameter] = entries
     for group, numbers in zip(optimizer.param_groups, state["optimizer_groups"], strict=True):
         group.update(numbers)
     return state
+
+
+def _flush(path: Path) -> None:
+    """Have a file on the disk: some file systems find that it is full only then."""
+    with path.open("rb") as stream:
+        os.fsync(stream.fileno())
 
 
 def _group_numbers(optimizer: Optimizer) -> list[dict[str, float]]:
@@ -174,7 +198,7 @@ def _optimizer_state(
     for name, parameter in parameters.items():
         for key, value in optimizer.state.get(parameter, {}).items():
             if isinstance(value, Tensor):
-                tensors[f"{name}/{key}"] = value.detach().cpu().contiguous()
+                tensors[f"{name}/{key}"] = value
             else:
                 scalars.setdefault(name, {})[key] = value
     return tensors, scalars

@@ -16,7 +16,7 @@ from typing import Any
 import psutil
 import torch
 from accelerate import Accelerator
-from accelerate.utils import LoggerType, ProjectConfiguration
+from accelerate.utils import LoggerType, ProjectConfiguration, patch_environment
 
 from configs.errors import UsageError
 from finetune.core.config import TrainConfig
@@ -62,20 +62,20 @@ def make_accelerator(train: TrainConfig, folder: Path) -> Accelerator:
         raise UsageError(f"--mixed_precision {precision}: must be one of no, fp16, bf16 (the launcher asks for it)")
     if precision == "fp16" and not torch.cuda.is_available():
         raise UsageError("--mixed_precision fp16: needs a GPU; use bf16 or no")
-    for flag, name in (("ACCELERATE_USE_FSDP", "FSDP"), ("ACCELERATE_USE_DEEPSPEED", "DeepSpeed")):
-        if os.environ.get(flag, "false").lower() in ("true", "1"):
-            raise UsageError(
-                f"accelerate launch with {name}: splits weights and optimizer over the processes; checkpoints and "
-                "saved files do not gather them in this version; use configs/accelerate/multi_gpu.yaml"
-            )
+    if os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() in ("true", "1"):
+        raise UsageError(
+            "accelerate launch with DeepSpeed: its engine clips and steps by itself in the backward pass, and keeps "
+            "weights and moments in nameless pieces; use configs/accelerate/fsdp.yaml, which splits as much"
+        )
     started = int(os.environ.get("WORLD_SIZE", 0)) or _asked_of_launcher()
-    accelerator = Accelerator(
-        # Without a GPU accelerate connects the processes of torchrun only if told; each would train alone, as rank 0.
-        cpu=started > 1 and not torch.accelerator.is_available(),
-        mixed_precision=precision,
-        log_with=None if train.report_to == "none" else train.report_to,
-        project_config=ProjectConfiguration(project_dir=str(folder), logging_dir=str(folder / train.logging_dir)),
-    )
+    with patch_environment(accelerate_use_fsdp="false"):  # finetune.core.sharding does it, on any device
+        accelerator = Accelerator(
+            # Without a GPU accelerate connects torchrun's processes only if told; each would train alone, as rank 0.
+            cpu=started > 1 and not torch.accelerator.is_available(),
+            mixed_precision=precision,
+            log_with=None if train.report_to == "none" else train.report_to,
+            project_config=ProjectConfiguration(project_dir=str(folder), logging_dir=str(folder / train.logging_dir)),
+        )
     if accelerator.num_processes != started:
         raise UsageError(
             f"--num_processes {started}: {accelerator.num_processes} would train; on CPUs start them with "

@@ -24,6 +24,7 @@ from finetune.core.noise import counter_seed
 from finetune.core.objective import Loss
 from finetune.core.optimizer import learning_rate_factor, make_optimizer
 from finetune.core.run import Run
+from finetune.core.sharding import clip, no_sync, shard
 from finetune.core.trainable import Learns
 
 if TYPE_CHECKING:
@@ -86,11 +87,15 @@ def train(
         TisserandError: a loss or gradient that is not finite, naming step and images; nothing is written after it.
         Terminated: SIGTERM came; a checkpoint of the last finished update has been written.
     """
-    accelerator, parameters = run.accelerator, learns.parameters
+    accelerator = run.accelerator
     check_memory(run, denoiser, learns, batches, loss, config)
-    bare_optimizer = make_optimizer(learns, config)
+    if run.is_sharded:
+        shard(denoiser, learns, averages, accelerator)
+    parameters, bare_optimizer = learns.parameters, make_optimizer(learns, config)
     factor = learning_rate_factor(config, run.total_steps)
-    model, optimizer = accelerator.prepare(denoiser, bare_optimizer)
+    model, optimizer = denoiser, bare_optimizer
+    if not run.is_sharded:
+        model, optimizer = accelerator.prepare(denoiser, bare_optimizer)
     model.train()
     done, window, elapsed_s = 0, _Window(), 0.0
     if run.checkpoint is not None:
@@ -113,14 +118,15 @@ def train(
         ) as bar,
     ):
         for number in range(done + 1, run.total_steps + 1):
-            torch.manual_seed(counter_seed(run.seed, "update", number))  # module dropout, where there is any
+            # Module dropout, where there is any: not the same in every process, whose images differ.
+            torch.manual_seed(counter_seed(run.seed, "update", number) + accelerator.process_index)
             shares = [group.share(number - 1) for group in learns.groups]
             for group, share in zip(bare_optimizer.param_groups, shares, strict=True):
                 group["lr"] = group["base_lr"] * share * factor(number - 1)
             update = batches.update(number - 1)
             value, per_image = _backward(accelerator, model, loss, update)
             _rest(learns, shares)
-            norm = accelerator.clip_grad_norm_(list(parameters.values()), config.max_grad_norm)
+            norm = clip(accelerator, parameters, config.max_grad_norm)
             window.losses.append(value)
             window.norms.append(norm.detach())
             window.per_image.append((number, per_image))
@@ -133,7 +139,7 @@ def train(
             metrics = None
             last = number == run.total_steps
             due = number % config.checkpointing_steps == 0
-            stop = _agreed(accelerator, terminated)
+            stop = _agreed(accelerator, bool(terminated))
             if number % config.logging_steps == 0 or last:
                 _check_finite(window, batches, accelerator)
                 metrics = _metrics(number, window, batches, bare_optimizer, accelerator)
@@ -149,7 +155,7 @@ def train(
                     "inputs": run.inputs,
                     **_keep(window, accelerator),
                 }
-                if run.is_main:
+                with _together(accelerator):
                     checkpoints.write(
                         run.folder,
                         number,
@@ -158,8 +164,8 @@ def train(
                         state=state,
                         averages=averages.tensors if averages else None,
                         limit=config.checkpoints_total_limit,
+                        writes=run.is_main,
                     )
-                accelerator.wait_for_everyone()
             if stop and not last:
                 run.say(f"terminated; continue from checkpoint-{number} with the same command")
                 raise Terminated
@@ -180,7 +186,7 @@ def _backward(accelerator: Any, model: nn.Module, loss: Loss, update: Update) ->
     share = accelerator.num_processes / update.weight
     for place, batch in enumerate(update.batches, start=1):
         is_last = place == len(update.batches)
-        with nullcontext() if is_last else accelerator.no_sync(model):
+        with nullcontext() if is_last else no_sync(accelerator, model):
             losses = loss(model, batch)
             accelerator.backward((losses * batch.weights).sum() * share)
         per_image.append((losses * batch.weights).detach())
@@ -256,12 +262,24 @@ def _restore(window: _Window, state: dict[str, Any], accelerator: Any) -> None:
         accelerator.scaler.load_state_dict(state["grad_scaler"])
 
 
-def _agreed(accelerator: Any, terminated: list[bool]) -> bool:
-    """Tell whether any process was told to stop."""
+def _agreed(accelerator: Any, flag: bool) -> bool:
+    """Tell whether any process raises its flag."""
     if accelerator.num_processes == 1:
-        return bool(terminated)
-    flag = torch.tensor(float(bool(terminated)), device=accelerator.device)
-    return bool(accelerator.reduce(flag, reduction="sum") > 0)
+        return flag
+    raised = torch.tensor(float(flag), device=accelerator.device)
+    return bool(accelerator.reduce(raised, reduction="sum") > 0)
+
+
+@contextmanager
+def _together(accelerator: Any) -> Iterator[None]:
+    """Wait for one another at the end of a block; what fails in one process fails in all, and none waits forever."""
+    failed: list[TisserandError] = []
+    try:
+        yield
+    except TisserandError as error:
+        failed.append(error)
+    if _agreed(accelerator, bool(failed)):
+        raise failed[0] if failed else TisserandError("another process failed; its message says why")
 
 
 @contextmanager

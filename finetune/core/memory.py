@@ -64,7 +64,10 @@ def check_memory(
     denoiser.train()
     with accelerator.autocast():
         need = estimate(denoiser, list(learns.parameters.values()), loss, batch, config)
-    if accelerator.num_processes > 1:  # the buckets in which gradients are averaged
+    if run.is_sharded:  # measured as a whole, split afterwards
+        split = {name: getattr(need, name) // accelerator.num_processes for name in ("gradients", "optimizer")}
+        need = dataclasses.replace(need, **split)
+    elif accelerator.num_processes > 1:  # the buckets in which gradients are averaged
         need = dataclasses.replace(need, gradients=2 * need.gradients)
     sharing = int(os.environ.get("LOCAL_WORLD_SIZE", 1)) if accelerator.device.type == "cpu" else 1
     free = free_memory(accelerator.device) // sharing

@@ -20,7 +20,7 @@ from accelerate import Accelerator
 
 import configs.load
 from configs.errors import TisserandError, UsageError
-from finetune.core import checkpoints
+from finetune.core import checkpoints, sharding
 from finetune.core.config import CHANGEABLE, TrainConfig
 from finetune.core.launch import check_launch, environment, make_accelerator, set_threads
 from finetune.core.memory import advice, is_out_of_memory
@@ -55,6 +55,7 @@ class Run:
         total_steps: optimizer updates of the whole run.
         config_hash: SHA-256 over the settings that can change what is learned.
         checkpoint: to continue from, or None.
+        is_sharded: what is trained is split over the processes.
         inputs: hashes of what is read after the start, by option; a checkpoint goes on with the same ones alone.
     """
 
@@ -66,6 +67,7 @@ class Run:
     config_hash: str
     checkpoint: Path | None
     lock: TextIO | None
+    is_sharded: bool = False
     inputs: dict[str, str] = field(default_factory=dict)
 
     @property
@@ -144,10 +146,13 @@ def start_run(
     """
     folder = train.output_dir
     check_launch(train)
+    is_sharded = sharding.is_asked()
     if train.dry_run and train.overwrite:
         raise UsageError("--dry_run: changes nothing; leave out --overwrite, which clears the folder")
     accelerator = make_accelerator(train, folder)
     threads = set_threads(accelerator)
+    if is_sharded:
+        sharding.check_settings(configs.load.as_dict(config), accelerator)
     if train.local_rank not in (None, -1, accelerator.local_process_index):
         place = accelerator.local_process_index
         print(f"note: --local_rank {train.local_rank}: this process is {place} on its machine, as the launcher says")
@@ -200,6 +205,7 @@ def start_run(
             config_hash=_hash_settings(settings),
             checkpoint=checkpoint,
             lock=lock,
+            is_sharded=is_sharded,
         )
         if checkpoint and machine.get("threads") != threads:
             then = machine.get("threads")
@@ -214,7 +220,8 @@ def start_run(
             (folder / PROVENANCE).unlink(missing_ok=True)
             for path in own:
                 if checkpoints.step_of(path) > done:
-                    shutil.rmtree(path)
+                    checkpoints.remove(path)
+            checkpoints.clear_remains(folder)
         if train.report_to != "none" and not train.dry_run:
             accelerator.init_trackers(train.tracker_project_name, init_kwargs={"tensorboard": {"purge_step": done + 1}})
         on_refusal.pop_all()

@@ -125,8 +125,11 @@ class WordCopies:
 def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> Path:
     """Write a safetensors file; equal content gives equal bytes, and the file appears when it is whole."""
     partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
-    partial.write_bytes(_with_sorted_header(save(tensors, metadata=metadata)))
-    return partial.replace(path)
+    try:
+        partial.write_bytes(_with_sorted_header(save(tensors, metadata=metadata)))
+        return partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def _write_provenance(folder: Path, provenance: dict[str, Any]) -> None:
