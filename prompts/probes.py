@@ -57,11 +57,12 @@ class Probe:
         return self.prompt or "(empty prompt)"
 
 
-def read_probes(name: str) -> list[Probe]:
+def read_probes(name: str, flag: str = "--probes") -> list[Probe]:
     """Read a built-in probe list by its name, or a file.
 
     Args:
         name: ``tiny``, ``stable_diffusion``, or the path of a YAML probe file or of a text file with a prompt per line.
+        flag: the option it was given to, for errors.
 
     Raises:
         UsageError: no such list or file, or the file is not a probe file, saying what is wrong in it.
@@ -71,16 +72,16 @@ def read_probes(name: str) -> list[Probe]:
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError):
-        raise UsageError(f"--probes {name}: neither a readable file nor one of {', '.join(sorted(built_in))}") from None
+        raise UsageError(f"{flag} {name}: neither a readable file nor one of {', '.join(sorted(built_in))}") from None
     if path.suffix.lower() not in {".yaml", ".yml"}:
-        return _numbered(prompt_lines(text, f"--probes {name}"))
+        return _numbered(prompt_lines(text, f"{flag} {name}"))
     try:
         content = yaml.safe_load(text)
     except yaml.YAMLError as error:
-        raise UsageError(f"--probes {name}: not readable as YAML ({' '.join(str(error).split())})") from None
+        raise UsageError(f"{flag} {name}: not readable as YAML ({' '.join(str(error).split())})") from None
     if isinstance(content, list):
-        return _numbered(checked_prompts(content, f"--probes {name}"))
-    return _from_sets(content, f"--probes {name}")
+        return _numbered(checked_prompts(content, f"{flag} {name}"))
+    return _from_sets(content, f"{flag} {name}")
 
 
 def probes_hash(probes: list[Probe]) -> str:

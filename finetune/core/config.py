@@ -169,6 +169,29 @@ class WatchConfig:
             raise refuse("validation_data_dir", self.validation_data_dir, "needs --heldout_steps, how often to look")
 
 
+@dataclass(frozen=True, kw_only=True)
+class DriftWatchConfig:
+    """What training does to prompts of other things, looked at while it runs."""
+
+    drift_probes: str | None = None
+    """Probes to watch: a built-in list (tiny, stable_diffusion) or a file; none if absent (drift.jsonl). Ours."""
+    drift_steps: int | None = None
+    """Steps between looks; as often as 1 % of the time allows, and for pictures 5 %, if absent. Ours."""
+    drift_policy: str = "guard"
+    """guard, strict or a YAML file with limits: end the run on drift, copies, or no better held-out loss, and save the
+    best weights; report: only write. Ours."""
+    keep: Literal["selected", "last"] = "selected"
+    """Weights that are saved: those selected (selection.json), or the last. Ours."""
+
+    def __post_init__(self) -> None:
+        """Refuse what would do nothing."""
+        need_positive(drift_steps=self.drift_steps)
+        for name in ("drift_steps", "drift_policy", "keep"):
+            changed = getattr(self, name) != type(self).__dataclass_fields__[name].default
+            if changed and self.drift_probes is None:
+                raise refuse(name, getattr(self, name), "needs --drift_probes, what to look at")
+
+
 EPSILON_OF_PURE_NOISE = (
     "the schedule ends in pure noise (zero-terminal SNR), where epsilon is read off the input and nothing is learned; "
     "--prediction_type v_prediction is needed"

@@ -30,12 +30,15 @@ if TYPE_CHECKING:
 
     from finetune.core.loop import Step
 
-CARD, CONFIG, ENVIRONMENT, METRICS, HELDOUT, PROVENANCE, LOCK = (
+CARD, CONFIG, ENVIRONMENT, METRICS, HELDOUT, DRIFT, DRIFT_FOLDER, SELECTION, PROVENANCE, LOCK = (
     "README.md",
     "config.yaml",
     "environment.json",
     "metrics.jsonl",
     "heldout.jsonl",
+    "drift.jsonl",
+    "drift",
+    "selection.json",
     "provenance.json",
     "run.lock",
 )
@@ -52,7 +55,8 @@ class Run:
         accelerator: devices, processes, autocast and trackers.
         train: the loop's settings.
         seed: the seed in force, drawn if none was given.
-        total_steps: optimizer updates of the whole run.
+        total_steps: optimizer updates of the whole run; of its weights, where an observer ended it or chose others.
+        planned_steps: as it began; whoever runs the command again finds it finished by these.
         config_hash: SHA-256 over the settings that can change what is learned.
         checkpoint: to continue from, or None.
         is_sharded: what is trained is split over the processes.
@@ -68,7 +72,12 @@ class Run:
     checkpoint: Path | None
     lock: TextIO | None
     is_sharded: bool = False
+    planned_steps: int = field(init=False)
     inputs: dict[str, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        """Keep the plan."""
+        self.planned_steps = self.total_steps
 
     @property
     def is_main(self) -> bool:
@@ -176,7 +185,8 @@ def start_run(
             _refuse_changes(before, settings, saved)
             _refuse_other_inputs(before, settings, now, machine)
         total = train.total_steps(num_images, accelerator.num_processes)
-        steps = _read_json(folder / PROVENANCE).get("steps")
+        finished = _read_json(folder / PROVENANCE)
+        steps = finished.get("planned_steps", finished.get("steps"))
         if (folder / weights_file).is_file() and steps == total:
             accelerator.print(f"{folder}: this run is finished ({total} steps); --overwrite starts anew")
             raise SystemExit(0)
@@ -216,8 +226,10 @@ def start_run(
             )
             (folder / ENVIRONMENT).write_text(json.dumps(now, indent=2) + "\n", encoding="utf-8")
             _cut_metrics(folder / METRICS, done)
-            _cut_metrics(folder / HELDOUT, done if checkpoint else -1)  # its first rows are those of step 0
-            (folder / PROVENANCE).unlink(missing_ok=True)
+            for begins_at_step_0 in (HELDOUT, DRIFT):
+                _cut_metrics(folder / begins_at_step_0, done if checkpoint else -1)
+            for of_finished in (PROVENANCE, SELECTION):
+                (folder / of_finished).unlink(missing_ok=True)
             for path in own:
                 if checkpoints.step_of(path) > done:
                     checkpoints.remove(path)
@@ -233,6 +245,7 @@ def _prepare_folder(folder: Path, train: TrainConfig, weights: set[str]) -> Text
     if folder.exists() and not folder.is_dir():
         raise UsageError(f"--output_dir {folder}: is a file; name a folder")
     ours = {CONFIG, ENVIRONMENT, METRICS, HELDOUT, PROVENANCE, *weights, "previews", train.logging_dir}
+    ours |= {DRIFT, DRIFT_FOLDER, SELECTION}
     if folder.is_dir():
         # Weights beside no config.yaml are somebody's model, not a run of ours.
         strange = {path.name for path in folder.iterdir()} - (ours - weights) - {LOCK, "cache"}

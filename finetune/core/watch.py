@@ -230,6 +230,7 @@ def watch_losses(
     heldout: HeldOut,
     *,
     learns_text: bool,
+    for_drift: bool = False,
 ) -> Watch:
     """Choose the images to look at, encode them, and return the watch; without ``--heldout_steps`` it never looks.
 
@@ -240,6 +241,7 @@ def watch_losses(
         averages: of what learns.
         heldout: where held-out images are.
         learns_text: the text encoder, or rows of its tokens, learn.
+        for_drift: somebody else looks at these images, too; without ``--heldout_steps`` only if the folder is there.
 
     Raises:
         UsageError: there is no such folder, or the weights are spread over processes.
@@ -250,14 +252,14 @@ def watch_losses(
         pictures, center_crop=True, random_crop=False, cache_crops=0, random_flip=False, flips={}
     )
     sets: dict[str, list[Picture]] = {}
-    if config.heldout_steps is not None:
+    flag, folder = "--validation_data_dir", config.validation_data_dir
+    folder = folder or heldout.beside.resolve().parent / "validation"
+    if config.heldout_steps is not None or (for_drift and folder.is_dir()):
         if run.accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED):
             raise UsageError(
                 f"--heldout_steps {config.heldout_steps}: not with {run.accelerator.distributed_type.value}, where no "
                 "process holds the whole model; leave it out"
             )
-        flag, folder = "--validation_data_dir", config.validation_data_dir
-        folder = folder or heldout.beside.resolve().parent / "validation"
         if not folder.is_dir():
             raise UsageError(
                 f"--heldout_steps {config.heldout_steps}: there is no folder {folder}; name one with {flag}"
@@ -286,7 +288,8 @@ def watch_losses(
     if flat:
         check_captions(flat, models)
         sizes = ", ".join(f"{len(members)} {name} images" for name, members in sets.items())
-        run.say(f"loss at fixed noise: every {config.heldout_steps} steps, on {sizes}")
+        often = "at checks of drift" if config.heldout_steps is None else f"every {config.heldout_steps} steps"
+        run.say(f"loss at fixed noise: {often}, on {sizes}")
     return Watch(
         config=config,
         opened=opened,
