@@ -53,23 +53,24 @@ def captions_of(provenances: Sequence[Mapping[str, object]]) -> list[str]:
 
 
 def size_of(provenances: Sequence[Mapping[str, object]], prompt: str | None = None) -> tuple[int, int] | None:
-    """Return (height, width) in pixels that the last adapter was trained at, if it says so.
+    """Return (height, width) in pixels that a prompt is generated at, if the adapters say so.
 
-    For a prompt that is a training caption it is the size that came with it most often; else that of most pictures.
+    For a training caption it is the size that came with it most often; else that of most pictures of the last adapter.
     """
-    for provenance in reversed(provenances):
-        listed = provenance.get("shapes")
-        for shape in sorted(listed if isinstance(listed, list) else [], key=lambda shape: -_count(shape, prompt)):
-            if _count(shape, prompt) and (size := _size(shape)):
-                return size
-        if size := _size(provenance):
-            return size
-    return None
+    asked = [shape for shape in shapes_of(provenances) if _count(shape, prompt)]
+    sizes = [_size(told) for told in (*sorted(asked, key=lambda shape: -_count(shape, prompt)), *reversed(provenances))]
+    return next((size for size in sizes if size), None)
 
 
-def _count(shape: object, prompt: str | None) -> int:
+def shapes_of(provenances: Sequence[Mapping[str, object]]) -> list[Mapping[str, object]]:
+    """Return the shapes that adapters were trained in, each with its captions, those of the last adapter first."""
+    listed = [provenance.get("shapes") for provenance in reversed(provenances)]
+    return [shape for shapes in listed if isinstance(shapes, list) for shape in shapes if isinstance(shape, dict)]
+
+
+def _count(shape: Mapping[str, object], prompt: str | None) -> int:
     """Return how many training pictures of a shape came with a prompt as their caption."""
-    captions = shape.get("captions") if isinstance(shape, dict) else None
+    captions = shape.get("captions")
     count = captions.get(prompt) if isinstance(captions, dict) else None
     return count if isinstance(count, int) else 0
 

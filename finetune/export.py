@@ -184,7 +184,7 @@ def to_diffusers(
 def merge(config: ExportConfig) -> None:
     """Add the adapters to the weights of the base model and save a pipeline that needs none."""
     from data_prep.manifest import publish
-    from eval.provenance import captions_of, size_of
+    from eval.provenance import captions_of, shapes_of, size_of
     from eval.sampling import put_on
     from finetune.core.models import as_pipeline, load_models, model_provenance
     from finetune.core.weights import PIPELINE_FILE, save_pipeline
@@ -204,6 +204,7 @@ def merge(config: ExportConfig) -> None:
             "captions": captions_of(tuned.provenances),
             "height": height,
             "width": width,
+            "shapes": shapes_of(tuned.provenances),
             "scheduler": dict(models.scheduler.config),
         }
         save_pipeline(folder, models, provenance)

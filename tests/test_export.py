@@ -27,6 +27,9 @@ NAMES = Path(__file__).parent / "kohya_names.txt"
 """
 
 
+SHAPES = [{"height": 32, "width": 32, "captions": {"sf_dry": 1}}]
+
+
 def write_lora(model: Path, folder: Path, *, text: bool = True, **settings: object) -> Path:
     """Save a LoRA with random, not small, weights."""
     folder.mkdir(exist_ok=True)
@@ -37,7 +40,8 @@ def write_lora(model: Path, folder: Path, *, text: bool = True, **settings: obje
     with torch.no_grad():
         for parameter in learns.parameters.values():
             parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.3)
-    save_lora(folder, models, {"method": "lora", "height": 32, "width": 32, "captions": ["sf_dry"]})
+    told = {"method": "lora", "height": 32, "width": 32, "captions": ["sf_dry"], "shapes": SHAPES}
+    save_lora(folder, models, told)
     return folder
 
 
@@ -204,6 +208,7 @@ def test_a_merged_pipeline_says_what_it_is_made_of(full: Path, toy_sd: Path, tmp
     assert (told["method"], told["captions"], told["height"]) == ("merged", ["sf_dry"], 32)
     assert [adapter["scale"] for adapter in told["adapters"]] == [1.0]
     assert told["base_model"]["name"] == str(toy_sd)
+    assert told["shapes"] == SHAPES
 
 
 def test_dora_is_refused_with_the_reason_and_merges(toy_sd: Path, tmp_path: Path) -> None:

@@ -197,6 +197,17 @@ def test_a_tuned_pipeline_is_generated_at_the_size_it_was_trained_at(
     assert capsys.readouterr().out.splitlines()[-1].startswith(words)
 
 
+def test_a_caption_has_the_shape_it_came_with_most_often_and_other_prompts_that_of_the_last_adapter() -> None:
+    from eval.provenance import size_of
+
+    first = {"height": 8, "width": 16, "shapes": [{"height": 8, "width": 16, "captions": {"a": 1, "b": 2}},
+                                                  {"height": 16, "width": 8, "captions": {"a": 3}}]}  # fmt: skip
+    last = {"height": 24, "width": 24}
+    asked = [size_of([first, last, {}], prompt) for prompt in ("a", "b", "c", None)]
+    assert asked == [(16, 8), (8, 16), (24, 24), (24, 24)]
+    assert size_of([{}], "a") is None
+
+
 def test_each_caption_is_generated_in_the_shape_it_was_trained_in(toy_sd: Path, tmp_path: Path) -> None:
     """Pictures of one request do not depend on the shapes of the others."""
     from test_methods import run_recipe, words_of
