@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import DistributedType, broadcast_object_list
+from accelerate.utils import broadcast_object_list
 from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -129,7 +129,7 @@ class DriftWatch:
                 num_inference_steps=SAMPLING_STEPS,
                 height=size,
                 width=size,
-                batch_size=min(MOST_TOGETHER, run.train.train_batch_size),
+                batch_size=min(MOST_TOGETHER, run.train.micro_batch),
             ),
             policy=policy,
             precision=run.accelerator.autocast,
@@ -215,13 +215,8 @@ class DriftWatch:
                 value.copy_(saved[name])
 
     def _refuse_what_cannot_be_compared(self) -> None:
-        """Refuse runs whose predictions or weights cannot be held against those of the base model."""
+        """Refuse runs that cannot look together, or whose predictions cannot be held against those of the base model."""
         flag, accelerator = f"--drift_probes {self.config.drift_probes}", self.opened.run.accelerator
-        if accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED):
-            raise UsageError(
-                f"{flag}: not with {accelerator.distributed_type.value}, where no process holds the whole model; run "
-                "eval.drift on the finished weights"
-            )
         if accelerator.num_processes > 1 and self.config.drift_steps is None:
             raise UsageError(f"{flag}: {accelerator.num_processes} processes need --drift_steps, to look together")
         base, trained = self.opened.base_scheduler.config, self.opened.models.scheduler.config
