@@ -215,7 +215,7 @@ class DriftWatch:
                 value.copy_(saved[name])
 
     def _refuse_what_cannot_be_compared(self) -> None:
-        """Refuse runs that cannot look together, or whose predictions cannot be held against those of the base model."""
+        """Refuse runs that cannot look together, or whose predictions are not those of a base model trained on."""
         flag, accelerator = f"--drift_probes {self.config.drift_probes}", self.opened.run.accelerator
         if accelerator.num_processes > 1 and self.config.drift_steps is None:
             raise UsageError(f"{flag}: {accelerator.num_processes} processes need --drift_steps, to look together")
