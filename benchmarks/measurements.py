@@ -29,6 +29,7 @@ from typing import TYPE_CHECKING, Any
 from configs.errors import InputError, TisserandError
 from configs.load import command
 from demo import BASE
+from prompts.captions import all_captions
 
 if TYPE_CHECKING:
     import numpy as np
@@ -38,6 +39,7 @@ REPEATS, POOL, PICTURES, STEPS = 20, 24, 4, 12
 SCORES = ("leak", "retention", "colourfulness_ratio", "saturation_ratio", "luminance_ratio")
 NINE = ("sf_dry sf_thickness", "sf_dry sf_warp", "sf_dry sf_weft")
 SAMPLER = ("--num_inference_steps", "20", "--guidance_scale", "3", "--batch_size", "48")
+FULL_STEPS = 100
 STACKS, SLICES, LENGTH, BLOCK = 200, 700, 15, 60
 """Simulated stacks, slices in each, their correlation length, and slices in a block (four lengths)."""
 
@@ -321,9 +323,11 @@ def page(config: MeasurementsConfig) -> dict[str, Any]:
     """Return size and opening time of the page that compares three methods, from disk, with nothing asked outside."""
     demo, out = config.demo, config.output_dir
     weave, module, seed = demo / "weave", [sys.executable, "-m"], ["--seed", str(config.seed)]
-    copies(config)  # makes the LoRA on nine slices, if it is not there yet
-    full = out / "full300"
+    if not (out / "over9" / WEIGHTS).is_file() or not (out / "copies-demo").is_dir():
+        raise InputError(f"--output_dir {out}: the part `copies` makes what this one needs; run it first")
+    full = out / "full"
     words = ["--train_data_dir", str(weave / "train"), "--latent_cache_dir", str(out / "latents"), *seed]
+    words += ["--max_train_steps", str(FULL_STEPS)]  # what is on the page does not hang on how good it is
     _make(
         full / "model_index.json",
         [sys.executable, "finetune/full.py", "--config", "configs/tiny_full.yaml", *words, "--output_dir", str(full)],
@@ -337,8 +341,8 @@ def page(config: MeasurementsConfig) -> dict[str, Any]:
     folders: list[Path] = []
     for name, loaded in methods.items():
         slices, fidelity, drift = (out / "compare" / name / part for part in ("slices", "fidelity", "drift"))
-        grid = ["--grid", str(demo / "slices" / "grid.json"), *SAMPLER]
-        _make(slices, [*module, "eval.generate", *loaded, *grid, "--output_dir", str(slices)])
+        asked = ["--prompts", *all_captions(), "--num_images", str(PICTURES), *seed, *SAMPLER]
+        _make(slices, [*module, "eval.generate", *loaded, *asked, "--output_dir", str(slices)])
         check = ["--real", str(weave), "--generated", str(slices), "--output_dir", str(fidelity), *seed]
         _make(fidelity, [*module, "eval.fidelity", *check])
         asked = ["--probes", "tiny", "--real", str(weave), "--num_inference_steps", str(STEPS), *seed]

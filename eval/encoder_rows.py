@@ -46,7 +46,7 @@ def encoder_rows(
         name: replace(getattr(sets, name), features=np.asarray(encoder.images(tiles), dtype=np.float64))
         for name, tiles in pixels.items()
     }
-    own = replace(sets, **seen)  # type: ignore[arg-type]
+    own = replace(sets, **seen)
     grey = sets.leak_unchecked
     rows = distance_rows(own, naming, grey, draws, seed)
     number = equal_numbers([own.aside, own.held_out, own.generated_tiles])

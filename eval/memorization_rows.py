@@ -31,6 +31,8 @@ FEW_TRAINED = 50
 """With fewer training slices copies are what to expect."""
 FEWEST_GENERATED = 32
 FEWEST_HELD_OUT = 32
+FEWEST_LOSSES = (8, 16)
+"""Trained and held-out slices whose losses are compared: nine, a few-shot run's, can be told from the others."""
 FEWEST_CELL = 20
 """Tiles of a caption below which its own test is left out."""
 AGREEMENT_QUANTILE = 0.99
@@ -303,8 +305,10 @@ def _loss_rows(gap: LossGap | None, no_model: str, *, draws: int, seed: int) -> 
     verdict: Verdict = "stop" if auc.value > MOST_AUC[0] and auc.low > MOST_AUC[1] else "ok"
     reason = "how often tuning lowered the loss of a trained slice more than that of a held-out one"
     count = min(len(gap.trained), len(gap.held_out))
-    if count < FEWEST_HELD_OUT // 2:
-        verdict, reason = "grey", f"{count} slices a side, judged from {FEWEST_HELD_OUT // 2}"
+    fewest = FEWEST_LOSSES
+    if len(gap.trained) < fewest[0] or len(gap.held_out) < fewest[1]:
+        found = f"{len(gap.trained)} trained and {len(gap.held_out)} held-out slices"
+        verdict, reason = "grey", f"{found}, judged from {fewest[0]} and {fewest[1]}"
     independent = min(len(np.unique(gap.trained_blocks)), len(np.unique(gap.held_out_blocks)))
     difference = float(gap.trained.mean() - gap.held_out.mean())
     row = replace(row, n=count, n_eff=independent)

@@ -178,7 +178,7 @@ def _mark(axes: Any, marks: Mapping[str, int]) -> None:
         axes.axvline(step, color=style[0], linestyle=style[1], linewidth=1.3, label=f"{name}, step {step}")
     axes.set_xlabel("step")
     if axes.get_legend_handles_labels()[0]:
-        axes.legend(frameon=False, fontsize=8)
+        axes.legend(fontsize=8, framealpha=0.85, edgecolor="none")
 
 
 def _svg(size: tuple[float, float], draw: Callable[[Any], None]) -> str:

@@ -6,8 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from eval.report_curves import SETS
-from eval.report_film import shown_name
-from eval.report_inputs import Folder, Pictures, Run
+from eval.report_inputs import Folder, Pictures, Run, shown_name
 from eval.report_sections import WORDS, line
 from eval.results import Result, read_results
 from eval.verdicts import worst
@@ -71,7 +70,9 @@ def _drift(folder: Folder, pictures: Pictures) -> dict[str, Any]:
         "controls": [line(row) for row in folder.rows if row.set == "control"],
         "unmeasured": [row.reason for row in folder.rows if row.metric == "leak" and row.value is None and not row.set],
         "sets": [_drift_set(folder, name, pictures) for name in sets],
-        "names": DRIFT_METRICS,
+        "names": {
+            metric: name for metric, name in DRIFT_METRICS.items() if any(row.metric == metric for row in folder.rows)
+        },
     }
 
 

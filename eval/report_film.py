@@ -9,7 +9,7 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-from eval.report_inputs import Folder, Pictures, Run
+from eval.report_inputs import Folder, Pictures, Run, shown_name
 
 MOST_FRAMES = 8
 MOST_ROWS = 10
@@ -76,11 +76,6 @@ def _checks(checks: Sequence[Folder], pictures: Pictures) -> dict[str, Any] | No
         images = [_picture(chosen[0], "base", key, pictures)]
         rows.append({"label": label, "images": images + [_picture(one, "tuned", key, pictures) for one in chosen]})
     return _film("From the base through the checks", ["base", *map(shown_name, chosen)], rows)
-
-
-def shown_name(folder: Folder) -> str:
-    """Return what a check is called among several: its folder, or the one above if that is just ``drift``."""
-    return folder.path.parent.name if folder.path.name == "drift" else folder.path.name
 
 
 def _asked(folder: Folder) -> list[tuple[str, tuple[str, int]]]:

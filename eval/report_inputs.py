@@ -58,7 +58,7 @@ class Run:
     metrics: tuple[dict[str, object], ...]
     environment: dict[str, Any]
     provenance: dict[str, Any]
-    drift: tuple[dict[str, object], ...] = ()
+    drift: tuple[dict[str, Any], ...] = ()
     selection: dict[str, Any] = field(default_factory=dict)
 
 
@@ -140,6 +140,12 @@ def read_folder(path: Path) -> Folder:
         records=tuple(record for _, record in read_records(records)) if records.is_file() else (),
         settings=_read_settings(path),
     )
+
+
+def shown_name(folder: Folder) -> str:
+    """Return what a check is called among several: its folder, or the one above if that is named after the command."""
+    name = folder.path.name
+    return folder.path.parent.name if name == folder.module.removeprefix("eval.") else name
 
 
 def find_dataset(run: Run | None, folders: Sequence[Folder]) -> tuple[Path, dict[str, Any]] | None:

@@ -15,7 +15,7 @@ import numpy as np
 
 from eval.memorization_rows import DETECTORS
 from eval.provenance import training_folders
-from eval.report_inputs import Folder, Pictures, Run, part, read_json
+from eval.report_inputs import Folder, Pictures, Run, part, read_json, shown_name
 from eval.results import Result, Verdict
 from eval.verdicts import worst
 
@@ -111,8 +111,12 @@ def verdict_boxes(folders: Sequence[Folder], run: Run | None) -> list[dict[str, 
 
 def _box(question: Question, folders: Sequence[Folder], run: Run | None) -> dict[str, str]:
     """Judge one question by the worst row that was judged."""
-    rows = [row for folder in folders if folder.module == question.module for row in folder.rows]
-    rows = [row for row in rows if not question.metrics or row.metric in question.metrics]
+    checks = [
+        (shown_name(folder), [row for row in folder.rows if not question.metrics or row.metric in question.metrics])
+        for folder in folders
+        if folder.module == question.module
+    ]
+    rows = [row for _, found in checks for row in found]
     box = {"title": question.title, "text": question.text, "command": ""}
     if not rows:
         verdict: Verdict = "grey"
@@ -123,7 +127,12 @@ def _box(question: Question, folders: Sequence[Folder], run: Run | None) -> dict
             box["command"] = suggestion(question.module, folders, run)
     else:
         verdict = worst([row.verdict for row in rows])
-        reason = _why(rows, verdict)
+        judged = [worst([row.verdict for row in found]) for _, found in checks]
+        name, deciding = checks[judged.index(verdict)]
+        reason = _why(deciding, verdict)
+        if len(checks) > 1:
+            all_of_them = ", ".join(f"{name} {WORDS[one]}" for (name, _), one in zip(checks, judged, strict=True))
+            reason = f"{all_of_them}. {name}: {reason}"
     return {**box, "verdict": verdict, "word": WORDS[verdict], "reason": reason}
 
 
@@ -234,7 +243,7 @@ def _volume(volume: Mapping[str, Any]) -> dict[str, Any]:
 
 def _split_map(volume: Mapping[str, Any], split: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Return the parts of a volume along the direction it was split in, in order, each with its share in percent."""
-    shape = volume.get("shape")
+    shape = volume.get("shape") or []
     if not _numbers(shape) or str(split.get("axis")) not in AXES or len(shape) != len(AXES):
         return []
     length = shape[AXES.index(str(split["axis"]))]
@@ -259,8 +268,23 @@ def _numbers(value: object) -> bool:
     return isinstance(value, list) and bool(value) and all(isinstance(item, int | float) for item in value)
 
 
-def sample_cards(folders: Sequence[Folder], pictures: Pictures) -> dict[str, Any] | None:
-    """Return the strips of each caption: real, through the VAE, generated."""
+def fidelity_checks(folders: Sequence[Folder], pictures: Pictures) -> list[dict[str, Any]]:
+    """Return the tables of each fidelity check; ``name`` is empty where there is one only."""
+    checks = [folder for folder in folders if folder.module == "eval.fidelity"]
+    return [
+        {
+            "name": shown_name(folder) if len(checks) > 1 else "",
+            "table": fidelity_table(folder),
+            "confusion": confusion_tables(folder),
+            "descriptors": descriptor_table(folder, pictures),
+        }
+        for folder in checks
+    ]
+
+
+def sample_cards(folders: Sequence[Folder], pictures: Pictures) -> list[dict[str, Any]]:
+    """Return, for each check that has them, the strips of each caption: real, through the VAE, generated."""
+    found = []
     for folder in folders:
         overview = read_json(folder.path / "overview.json")
         if not isinstance(overview.get("captions"), list):
@@ -273,8 +297,8 @@ def sample_cards(folders: Sequence[Folder], pictures: Pictures) -> dict[str, Any
                 for kind, words in KINDS.items()
             ]
             cards.append({"caption": str(entry.get("caption", "")), "strips": strips})
-        return {"cards": cards, "tile_px": overview.get("tile_px")}
-    return None
+        found.append({"name": shown_name(folder), "cards": cards, "tile_px": overview.get("tile_px")})
+    return found
 
 
 def contact_sheet(folders: Sequence[Folder], pictures: Pictures) -> str:
@@ -285,38 +309,36 @@ def contact_sheet(folders: Sequence[Folder], pictures: Pictures) -> str:
     return ""
 
 
-def confusion_tables(folders: Sequence[Folder]) -> list[dict[str, Any]]:
+def confusion_tables(folder: Folder) -> list[dict[str, Any]]:
     """Return the tables of both heads, held-out real and generated, as rows of cells with count and share."""
     tables = []
-    for folder in folders:
-        confusion = part(read_json(folder.path / "overview.json"), "confusion")
-        for head, content in confusion.items():
-            names = [str(name) for name in content.get("names", ())]
-            for key, title in (("held_out", "held-out real"), ("generated", "generated")):
-                counts = np.asarray(content.get(key, []), dtype=float)
-                if counts.shape != (len(names), len(names)):
-                    continue
-                shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
-                rows = [
-                    {
-                        "name": name.replace("_", " "),
-                        "cells": [
-                            {"count": int(count), "share": round(float(share), 3), "on": i == j}
-                            for j, (count, share) in enumerate(zip(counts[i], shares[i], strict=True))
-                        ],
-                    }
-                    for i, name in enumerate(names)
-                ]
-                columns = [name.replace("_", " ") for name in names]
-                asked = "is" if key == "held_out" else "asked for"
-                tables.append({"title": f"{head}, {title}", "names": columns, "rows": rows, "asked": asked})
+    confusion = part(read_json(folder.path / "overview.json"), "confusion")
+    for head, content in confusion.items():
+        names = [str(name) for name in content.get("names", ())]
+        for key, title in (("held_out", "held-out real"), ("generated", "generated")):
+            counts = np.asarray(content.get(key, []), dtype=float)
+            if counts.shape != (len(names), len(names)):
+                continue
+            shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
+            rows = [
+                {
+                    "name": name.replace("_", " "),
+                    "cells": [
+                        {"count": int(count), "share": round(float(share), 3), "on": i == j}
+                        for j, (count, share) in enumerate(zip(counts[i], shares[i], strict=True))
+                    ],
+                }
+                for i, name in enumerate(names)
+            ]
+            columns = [name.replace("_", " ") for name in names]
+            asked = "is" if key == "held_out" else "asked for"
+            tables.append({"title": f"{head}, {title}", "names": columns, "rows": rows, "asked": asked})
     return tables
 
 
-def fidelity_table(folders: Sequence[Folder]) -> dict[str, Any]:
+def fidelity_table(folder: Folder) -> dict[str, Any]:
     """Return the numbers over all captions, and a row per caption with a column per measure."""
-    rows = [row for folder in folders if folder.module == "eval.fidelity" for row in folder.rows]
-    rows = [row for row in rows if not row.set.startswith("descriptor")]
+    rows = [row for row in folder.rows if not row.set.startswith("descriptor")]
     single = [row for row in rows if row.prompt]
     by_key = {(row.prompt, row.metric): line(row) for row in single}
     metrics = list(dict.fromkeys(row.metric for row in single))
@@ -331,36 +353,33 @@ def fidelity_table(folders: Sequence[Folder]) -> dict[str, Any]:
     }
 
 
-def descriptor_table(folders: Sequence[Folder], pictures: Pictures) -> dict[str, Any]:
+def descriptor_table(folder: Folder, pictures: Pictures) -> dict[str, Any]:
     """Return the floor ratio of each descriptor with its reference lines and captions, and the curves of each caption.
 
     Ratios are shaded on a logarithmic scale: 1 is white, 10 and more the darkest.
     """
     found: dict[str, Any] = {"captions": [], "rows": [], "overlays": []}
-    for folder in folders:
-        if folder.module != "eval.fidelity":
+    rows = [row for row in folder.rows if row.set.startswith("descriptor")]
+    single = {(row.metric, row.prompt): row for row in rows if row.prompt}
+    lines = {(row.metric, row.set): row for row in rows if not row.prompt}
+    found["captions"] = list(dict.fromkeys(row.prompt for row in rows if row.prompt))
+    for metric in dict.fromkeys(row.metric for row in rows):
+        own, vae, state = (
+            lines.get((metric, name)) for name in ("descriptor", "descriptor_vae", "descriptor_nearest_states")
+        )
+        if own is None:
             continue
-        rows = [row for row in folder.rows if row.set.startswith("descriptor")]
-        single = {(row.metric, row.prompt): row for row in rows if row.prompt}
-        lines = {(row.metric, row.set): row for row in rows if not row.prompt}
-        found["captions"] = list(dict.fromkeys(row.prompt for row in rows if row.prompt))
-        for metric in dict.fromkeys(row.metric for row in rows):
-            own, vae, state = (
-                lines.get((metric, name)) for name in ("descriptor", "descriptor_vae", "descriptor_nearest_states")
-            )
-            if own is None:
-                continue
-            found["rows"].append(
-                {
-                    **line(own),
-                    "vae": f"{vae.value:.1f}" if vae and vae.value is not None else "-",
-                    "state": f"{state.value:.1f}" if state and state.value is not None else "-",
-                    "cells": [_ratio_cell(single.get((metric, prompt))) for prompt in found["captions"]],
-                }
-            )
-        for entry in read_json(folder.path / "overview.json").get("overlays") or ():
-            if isinstance(entry, dict) and (uri := pictures.embed(folder.path, str(entry.get("file")))):
-                found["overlays"].append({"caption": str(entry.get("caption", "")), "uri": uri})
+        found["rows"].append(
+            {
+                **line(own),
+                "vae": f"{vae.value:.1f}" if vae and vae.value is not None else "-",
+                "state": f"{state.value:.1f}" if state and state.value is not None else "-",
+                "cells": [_ratio_cell(single.get((metric, prompt))) for prompt in found["captions"]],
+            }
+        )
+    for entry in read_json(folder.path / "overview.json").get("overlays") or ():
+        if isinstance(entry, dict) and (uri := pictures.embed(folder.path, str(entry.get("file")))):
+            found["overlays"].append({"caption": str(entry.get("caption", "")), "uri": uri})
     return found
 
 
@@ -371,20 +390,24 @@ def _ratio_cell(row: Result | None) -> dict[str, Any]:
     return {"value": f"{row.value:.1f}", "share": round(min(1.0, max(0.0, math.log10(max(row.value, 1e-6)))), 2)}
 
 
-def memorization_section(folders: Sequence[Folder], pictures: Pictures) -> dict[str, Any] | None:
-    """Return the verdict, the controls and findings, the curves and the closest pairs of a memorisation check."""
+def memorization_sections(folders: Sequence[Folder], pictures: Pictures) -> list[dict[str, Any]]:
+    """Return verdict, controls and findings, curves and closest pairs of each memorisation check."""
+    found = []
     for folder in folders:
         if folder.module != "eval.memorization":
             continue
         whole = [row for row in folder.rows if not row.prompt]
         overall = next((row for row in whole if row.metric == "memorisation"), None)
-        return {
-            "overall": line(overall) if overall else None,
-            "rows": [line(row) for row in whole if row.metric != "memorisation"],
-            "curves": pictures.embed(folder.path, "distances.png"),
-            "pairs": _pairs(folder, pictures),
-        }
-    return None
+        found.append(
+            {
+                "name": shown_name(folder),
+                "overall": line(overall) if overall else None,
+                "rows": [line(row) for row in whole if row.metric != "memorisation"],
+                "curves": pictures.embed(folder.path, "distances.png"),
+                "pairs": _pairs(folder, pictures),
+            }
+        )
+    return found
 
 
 def _pairs(folder: Folder, pictures: Pictures) -> list[dict[str, Any]]:
@@ -435,6 +458,13 @@ def _compared(cell: object) -> dict[str, str]:
     }
 
 
+def _word(row: Result) -> str:
+    """Return the verdict of a row in words; what was measured and not judged is not called unmeasured."""
+    if row.reason.startswith(("reference", "A/A")):
+        return "reference"
+    return "not judged" if row.verdict == "grey" and row.value is not None else WORDS[row.verdict]
+
+
 def line(row: Result) -> dict[str, str]:
     """Write a row for a table."""
     digits = 3 if row.unit != "ratio" else 2
@@ -450,7 +480,7 @@ def line(row: Result) -> dict[str, str]:
         "n": f"{row.n}{effective}" if row.n else "",
         "unit": row.unit,
         "verdict": row.verdict,
-        "word": "reference" if row.reason.startswith(("reference", "A/A")) else WORDS[row.verdict],
+        "word": _word(row),
         "reason": row.reason.removeprefix("reference: "),
     }
 

@@ -337,7 +337,7 @@ def test_descriptors_are_a_table_of_their_own(tmp_path: Path) -> None:
 def test_two_checks_of_drift_give_a_heat_map(tmp_path: Path) -> None:
     checks = [write_drift(tmp_path / name) for name in ("step-100", "step-200")]
     text = render(tmp_path / "report.html", None, *checks)
-    heat = text.partition('<table class="heat">')[2].partition("</table>")[0]
+    heat = text.partition('<table class="heat looks">')[2].partition("</table>")[0]
     assert "step-100" in heat
     assert "step-200" in heat
     assert heat.count('--share: 0.7">0.30</td>') == 2
@@ -363,7 +363,7 @@ def test_a_watched_run_shows_curves_marks_and_what_was_kept(tmp_path: Path) -> N
     pictures = [base64.b64decode(found) for found in re.findall(r"svg\+xml;base64,([^\"]+)", text)]
     assert sum(b"kept, step 100" in picture and b"stopped, step 200" in picture for picture in pictures) == 2
     assert sum(b"base, A/A" in picture for picture in pictures) == 1
-    heat = text.partition('<table class="heat">')[2].partition("</table>")[0]
+    heat = text.partition('<table class="heat looks">')[2].partition("</table>")[0]
     assert re.findall(r">([\d.]+)</td>", heat) == ["1.00", "0.90", "0.20"]
 
 
