@@ -4,10 +4,10 @@
 
 The script is any that trains with an optimizer of torch; it is run as it is, in this process. A turn is a number of
 optimizer steps, from the end of one to the end of another, GPU work included. Settings, as JSON: ``go`` and ``tell``,
-file descriptors to read the length of the next turn from and to write to, or absent to run through; ``report``, a file
-for time to the first step and peak memory; ``record``, a file for the draws, losses and first weights of the script's
-first ``record_steps`` steps; ``parts``, whether to time the parts of our own loop; ``profile``, a file for the time by
-kind of operation of a turn.
+file descriptors to read the next turn from and to write to, or absent to run through; ``report``, a file for time to
+the first step and peak memory; ``record``, a file for the draws, losses and first weights of the script's first
+``record_steps`` steps; ``parts``, whether to time the parts of our own loop. A turn is a line of JSON: ``steps``, and
+``profile``, a file for its time by kind of operation, or null.
 """
 
 from __future__ import annotations
@@ -46,22 +46,23 @@ class Turns:
         self.settings = settings
         self.done = 0
         self.left: int | None = None
+        self.profile: str | None = None
         self.began_s = 0.0
         self.first_step_s: float | None = None
         self.spent: dict[str, float] = defaultdict(float)
         self.profiler: Any = None
-        self.turns = 0
         if "go" in settings:
             self.go = os.fdopen(settings["go"])
             self.tell = os.fdopen(settings["tell"], "w")
             self.next_turn()
 
     def next_turn(self) -> None:
-        """Wait for the length of the next turn; the last one is without end."""
-        self.left = json.loads(self.go.readline() or "null")
-        self.turns += 1
+        """Wait for the next turn; after the last one the script runs to its end."""
+        line = self.go.readline()
+        turn = json.loads(line) if line else {"steps": None, "profile": None}
+        self.left, self.profile = turn["steps"], turn["profile"]
         self.spent.clear()
-        if self.settings.get("profile") and self.turns == 2:  # the first is for warming up
+        if self.profile:
             from torch.profiler import ProfilerActivity, profile
 
             self.profiler = profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA][: 1 + on_gpu()])
@@ -85,7 +86,7 @@ class Turns:
         took = time.perf_counter() - self.began_s
         if self.profiler is not None:
             self.profiler.__exit__(None, None, None)
-            write_profile(self.profiler, Path(self.settings["profile"]))
+            write_profile(self.profiler, Path(str(self.profile)))
             self.profiler = None
         print(json.dumps({"seconds": took, "parts": dict(self.spent)}), file=self.tell, flush=True)
         self.next_turn()

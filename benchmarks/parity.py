@@ -41,6 +41,7 @@ def measure_parity(config: TrainingConfig, place: Place, method: str) -> dict[st
     folders = {}
     for arm, more in (("ours", {}), ("b1", {"record": str(record), "record_steps": RECORDED_STEPS})):
         words = arm_words(config, here, method, arm, config.parity_batch_size, config.parity_steps)
+        words[words.index("--learning_rate") + 1] = str(METHODS[method].parity_rate)
         if arm == "ours" and not METHODS[method].clips:
             words += ["--max_grad_norm", "1e9"]  # the script does not clip here
         folders[arm] = Path(words[words.index("--output_dir") + 1])
@@ -159,7 +160,7 @@ def replay(config: TrainingConfig, place: Place, method: str, record: Path) -> t
     models = load_models(str(place.model))
     asked: Any = {"method": method, "pretrained_model_name_or_path": str(place.model)}
     learns = what_learns(models, BareConfig(**asked, resolution=0, train_batch_size=1, max_train_steps=1), None)
-    rate = METHODS[method].learning_rate
+    rate = METHODS[method].parity_rate
     learns = replace(learns, groups=tuple(replace(group, learning_rate=rate) for group in learns.groups))
     begin_with(recorded, learns.parameters, models)
     folder = place.work / f"replay-{method}"

@@ -16,6 +16,7 @@ import os
 import tempfile
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -62,6 +63,7 @@ def main(config: SamplingBenchmark) -> None:
     names = {
         "class images, the script": f"{config.stock_steps} steps, batches of {config.stock_batch_size}",
         "class images, equal steps": f"{config.stock_steps} steps, batches of {config.batch_size}",
+        "class images, equal steps, bf16": "the same with --prior_generation_precision bf16",
         "class images, half the steps": f"{half} steps, batches of {config.batch_size}",
         "previews, the script": f"{config.stock_steps} steps, one by one",
         "previews": f"{half} steps, batches of {config.batch_size}",
@@ -78,6 +80,7 @@ def main(config: SamplingBenchmark) -> None:
     images_per_s = {name: spread([config.num_images / seconds for seconds in values]) for name, values in taken.items()}
     against = {
         "class images, equal steps": "class images, the script",
+        "class images, equal steps, bf16": "class images, the script",
         "class images, half the steps": "class images, the script",
         "previews": "previews, the script",
     }
@@ -128,7 +131,7 @@ def ways_of(config: SamplingBenchmark, model: Path, work: Path) -> dict[str, Cal
 
     from eval.config import SamplingConfig
     from eval.divergence import predictions
-    from eval.sampling import sample, sample_latents
+    from eval.sampling import decode, sample_latents
     from finetune.core.models import load_models
 
     device = "cuda" if has_gpu() else "cpu"
@@ -147,9 +150,11 @@ def ways_of(config: SamplingBenchmark, model: Path, work: Path) -> dict[str, Cal
             for number, picture in enumerate(pipeline(prompts, num_inference_steps=config.stock_steps).images):
                 picture.save(work / f"{start + number}.jpg")
 
-    def ours(steps: int) -> None:
+    def ours(steps: int, low: torch.dtype | None = None) -> None:
         settings = SamplingConfig(num_inference_steps=steps, batch_size=config.batch_size)
-        for number, picture in enumerate(sample(models, requests, settings)):
+        with torch.autocast(device, dtype=low) if low else nullcontext():
+            latents = sample_latents(models, requests, settings)
+        for number, picture in enumerate(decode(models, latents, requests, batch_size=config.batch_size)):
             Image.fromarray(picture).save(work / f"{number}.png")
 
     first = sample_latents(models, requests[:2], SamplingConfig(num_inference_steps=2, batch_size=2)).cpu()
@@ -162,6 +167,7 @@ def ways_of(config: SamplingBenchmark, model: Path, work: Path) -> dict[str, Cal
     return {
         "class images, the script": lambda: theirs(config.stock_batch_size),
         "class images, equal steps": lambda: ours(config.stock_steps),
+        "class images, equal steps, bf16": lambda: ours(config.stock_steps, torch.bfloat16),
         "class images, half the steps": lambda: ours(config.stock_steps // 2),
         "previews, the script": lambda: theirs(1),
         "previews": lambda: ours(config.stock_steps // 2),

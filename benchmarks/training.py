@@ -91,7 +91,7 @@ class TrainingConfig:
     rounds: int = 1
     """Whole jobs of each arm in ``end_to_end``, in turn."""
     profile: bool = False
-    """Also write the time by kind of operation of one turn of our arm, beside ``--output``."""
+    """Also write the time by kind of operation of one more turn of each arm, beside ``--output``."""
     work_dir: Path | None = None
     """Folder for models, pictures and runs; a temporary one by default."""
     output: Path = Path("benchmarks/results/training.json")
@@ -123,6 +123,7 @@ class Method:
         stock_words: of the script alone.
         our_words: of ours alone.
         learning_rate: of both.
+        parity_rate: of both in ``parity``, high enough to learn something in 200 steps.
         clips: whether the script clips gradients; the one for LoRA asks for it, and clips an iterator already spent.
     """
 
@@ -132,6 +133,7 @@ class Method:
     stock_words: str = ""
     our_words: str = ""
     learning_rate: float
+    parity_rate: float
     clips: bool = True
 
 
@@ -142,6 +144,7 @@ METHODS: dict[str, Method] = {
         words="--train_data_dir {captioned} --rank 4",
         stock_words="--cache_dir {work}/datasets",
         learning_rate=1e-4,
+        parity_rate=1e-3,
         clips=False,
     ),
     "full": Method(
@@ -150,6 +153,7 @@ METHODS: dict[str, Method] = {
         words="--train_data_dir {captioned}",
         stock_words="--cache_dir {work}/datasets",
         learning_rate=1e-5,
+        parity_rate=1e-4,
     ),
     "textual_inversion": Method(
         recipe="finetune/textual_inversion.py",
@@ -157,6 +161,7 @@ METHODS: dict[str, Method] = {
         words="--train_data_dir {plain} --placeholder_token <weave> --initializer_token a "
         "--learnable_property object --repeats 100",
         learning_rate=5e-4,
+        parity_rate=5e-3,
         clips=False,
     ),
     "dreambooth": Method(
@@ -166,6 +171,7 @@ METHODS: dict[str, Method] = {
         stock_words="--instance_prompt=a_w17h3r_texture",
         our_words="--instance_prompt=a_w17h3r_texture",
         learning_rate=5e-6,
+        parity_rate=2e-5,
     ),
 }
 
@@ -316,10 +322,10 @@ class Arm:
         self.told = os.fdopen(self._told)
         self.turns: list[dict[str, Any]] = []
 
-    def turn(self, steps: int) -> dict[str, Any]:
-        """Let it do some steps and return what they took."""
+    def turn(self, steps: int, profile: Path | None = None) -> dict[str, Any]:
+        """Let it do some steps and return what they took; with a file for the time by kind of operation."""
         os.killpg(self.process.pid, signal.SIGCONT)
-        os.write(self._go, f"{steps}\n".encode())
+        os.write(self._go, json.dumps({"steps": steps, "profile": profile and str(profile)}).encode() + b"\n")
         line = self.told.readline()
         if not line:
             tail = "\n".join(self.log.read_text(encoding="utf-8", errors="replace").splitlines()[-15:])
@@ -348,7 +354,7 @@ def measure_steps(
 ) -> dict[str, Any]:
     """Let all arms take turns; return seconds a step, memory, and what our step is made of."""
     names = chosen_arms(config, reason)
-    steps = config.warmup_steps + config.turns * config.turn_steps
+    steps = config.warmup_steps + (config.turns + config.profile) * config.turn_steps
     print(f"\n{method}, micro-batch {batch_size}: {', '.join(names)}", flush=True)
     arms: list[Arm] = []
     try:
@@ -356,8 +362,6 @@ def measure_steps(
             folder = place.work / f"run-{method}-{name}-{batch_size}"
             shutil.rmtree(folder, ignore_errors=True)
             settings: dict[str, Any] = {"parts": name.startswith("ours") and not has_gpu()}
-            if config.profile and name == "ours":
-                settings["profile"] = str(config.output.with_name(f"profile_{config.size}_{method}_{batch_size}.json"))
             words = arm_words(config, place, method, name, batch_size, steps)
             arms.append(Arm(name, words, place.work, **settings))
             arms[-1].turn(config.warmup_steps)
@@ -366,6 +370,10 @@ def measure_steps(
                 arm.turns.append(arm.turn(config.turn_steps))
             shown = ", ".join(f"{arm.name} {arm.turns[-1]['seconds'] / config.turn_steps:.3f}" for arm in arms)
             print(f"  turn {number + 1} of {config.turns}, seconds a step: {shown}", flush=True)
+        for arm in arms:
+            if config.profile:  # not counted: to look slows down
+                stem = f"{config.output.stem}_profile_{config.size}_{method}_{batch_size}_{arm.name}.json"
+                arm.turn(config.turn_steps, config.output.with_name(stem))
         reports = {arm.name: arm.end() for arm in arms}
     finally:
         for arm in arms:
