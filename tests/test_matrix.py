@@ -24,7 +24,7 @@ from torch import nn
 import finetune.core.body
 from configs.errors import UsageError
 from finetune.core.batches import Batch, Update
-from finetune.core.loop import Step
+from finetune.core.loop import Step, train
 from finetune.core.prior import WithPrior
 from finetune.core.run import Run
 
@@ -115,7 +115,6 @@ def mean(values: list[float]) -> float:
 def watched(monkeypatch: pytest.MonkeyPatch) -> Watched:
     """Look over the loop's shoulder: the naive loss of the first update, taken before it, and the loop's own."""
     seen = Watched()
-    real = finetune.core.body.train
 
     def train_and_look(run: Run, denoiser: nn.Module, learns: Any, batches: Any, loss: Any, *rest: Any) -> Any:
         first = getattr(batches, "first", batches)  # pivotal tuning has two stages; its first update is in the first
@@ -129,7 +128,7 @@ def watched(monkeypatch: pytest.MonkeyPatch) -> Watched:
             if isinstance(first, WithPrior):
                 prior = first.prior(0, own)
                 seen.naive += first.loss_weight * mean(naive_losses(prior, denoiser, run, model, gamma))
-        for step in real(run, denoiser, learns, batches, loss, *rest):
+        for step in train(run, denoiser, learns, batches, loss, *rest):
             assert isinstance(step, Step)
             seen.loss = float(step.loss) if step.number == 1 else seen.loss
             yield step
