@@ -11,9 +11,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+import yaml
 from PIL import Image
 from safetensors.numpy import load_file
 from test_leak import weave
+from test_processes import torchrun
 from test_watch import write_images
 
 from configs.errors import InputError, UsageError
@@ -213,6 +215,23 @@ def test_looks_keep_to_their_share_of_the_time(spent_s: float, allowed: bool) ->
     clock = Clock(started_s=time.monotonic() - 100)  # of which 1 % is 1 s: another look of 0.4 s fits, or does not
     clock.last_s["pulse"], clock.spent_s["pulse"] = 0.4, spent_s
     assert clock.allows("pulse", 0.01) is allowed
+
+
+@pytest.mark.slow
+def test_two_processes_look_and_end_together(train: Train) -> None:
+    more = {"max_train_steps": 40, "checkpointing_steps": 40, "drift_steps": 2, "learning_rate": 1}
+    options = [word for name, value in more.items() for word in (f"--{name}", value)]
+    one = train("one", *options, "--train_batch_size", 2)
+    words = yaml.safe_load((one / "config.yaml").read_text())
+    asked = [
+        f"--{name}={words[name]}" for name in ("pretrained_model_name_or_path", "drift_probes", "seed", "report_to")
+    ]
+    asked += ["--train_data_dir", words["train_data_dir"][0], "--train_batch_size", 1, "--logging_steps", 2]
+    process = torchrun("finetune/lora.py", *asked, *options, "--output_dir", one.with_name("two"))
+    output, _ = process.communicate(timeout=900)
+    assert process.returncode == 0, output
+    assert output.count("drift at step") == len(rows_of(one.with_name("two"), "check")) - 1  # the first process alone
+    assert selection_of(one.with_name("two")) == selection_of(one)
 
 
 @pytest.mark.slow
