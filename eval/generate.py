@@ -4,7 +4,8 @@ r"""Generate slices: prompts x seeds -> pictures, at the size the model was trai
         --prompts "sf_dry sf_warp" "sf_injected sf_weft" --num_images 4 --seed 0 --output_dir out/slices
 
 Writes one PNG per picture, records.jsonl, contact_sheet.png, grid.json and config.yaml. The same request gives the same
-pixels. With --format tiff16 --dataset DIR each slice is also written to tiff/ in the counts of its volume.
+pixels. With --format tiff16 --dataset DIR each slice is also written to tiff/ in the counts of its volume. Started by
+``torchrun --nproc_per_node 2 -m eval.generate ...`` two processes share the pictures and write the same folder.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from eval.config import SamplingConfig, each_scale
 
 if TYPE_CHECKING:
     import numpy as np
+    from torch import Tensor
 
     from eval.sampling import Request
 
@@ -95,15 +97,19 @@ def main(config: GenerateConfig) -> None:
 
     from eval.provenance import base_mismatch, captions_of, dataset_of, pipeline_provenance, size_of
     from eval.sampling import contact_sheet, load_tuned, require_light, sample
+    from eval.shares import join_team
     from finetune.core.models import model_hash
 
+    team = join_team()
     tuned = load_tuned(config.pretrained_model_name_or_path, config.adapter, config.adapter_scale)
+    notes = []
     base = {"name": config.pretrained_model_name_or_path, "hash": model_hash(config.pretrained_model_name_or_path)}
     if other := base_mismatch(tuned.provenances, base["hash"]):
-        print(f"note: the adapter was trained on another base model ({other})", file=sys.stderr)
+        notes.append(f"note: the adapter was trained on another base model ({other})")
     provenances = [pipeline_provenance(config.pretrained_model_name_or_path), *tuned.provenances]
-    for note in _near_captions(grid.prompts, captions_of(provenances)):
-        print(note, file=sys.stderr)
+    notes += _near_captions(grid.prompts, captions_of(provenances))
+    if team.is_first:
+        print("".join(f"{note}\n" for note in notes), end="", file=sys.stderr)
     settings = {
         prompt: resolve_size(config.sampling, size_of(provenances, prompt), tuned.models.size_px)
         for prompt in grid.prompts
@@ -115,14 +121,19 @@ def main(config: GenerateConfig) -> None:
     requests = grid.requests
     shown: dict[int, np.ndarray] = {}
     columns = min(len(grid.seeds), SHEET_COLUMNS)
-    with publish(config.output_dir, overwrite=config.overwrite, mark="records.jsonl") as folder:
+    published = publish(config.output_dir, overwrite=config.overwrite, mark="records.jsonl")
+    with team.folder(published) as folder:
         records: dict[int, dict[str, object]] = {}
         if scales:
-            (folder / "tiff").mkdir()
-        bar = tqdm(total=len(requests), desc="generating", unit="picture", disable=None)
-        for places in _batches(requests, settings):
+            (folder / "tiff").mkdir(exist_ok=True)
+        # Whoever makes a batch, it has the same pictures: the bits do not depend on the number of processes.
+        batches = team.mine(list(_batches(requests, settings)))
+        known: dict[str, Tensor] = {}
+        hidden = None if team.is_first else True
+        bar = tqdm(total=sum(map(len, batches)), desc="generating", unit="picture", disable=hidden)
+        for places in batches:
             batch = [requests[place] for place in places]
-            pictures = sample(tuned.models, batch, settings[batch[0][0]])
+            pictures = sample(tuned.models, batch, settings[batch[0][0]], known=known)
             require_light(pictures, batch)
             for index, picture, (prompt, seed) in zip(places, pictures, batch, strict=True):
                 name = picture_name(index // len(grid.seeds), prompt, seed)
@@ -137,6 +148,9 @@ def main(config: GenerateConfig) -> None:
                     shown[index] = picture
             bar.update(len(batch))
         bar.close()
+        records, shown = team.merged(records), team.merged(shown)
+        if not team.is_first:
+            return
         rows = min(len(grid.prompts), SHEET_ROWS)
         labels = [prompt or "(empty prompt)" for prompt in grid.prompts[:rows]]
         headers = [f"seed {seed}" for seed in grid.seeds[:columns]]

@@ -38,10 +38,13 @@ from finetune.core.models import (
     file_hash,
     load_adapter,
     load_models,
+    together,
 )
 
 Request = tuple[str, int]
 
+_DECODED_CELLS = 4 * 64 * 64
+"""Latent cells decoded at once, four pictures of 512 px: the decoder takes far more memory than the U-Net."""
 _SCHEDULERS = {
     "dpmsolver++": DPMSolverMultistepScheduler,
     "unipc": UniPCMultistepScheduler,
@@ -88,7 +91,12 @@ def put_on(models: Models, adapters: Sequence[Path], scales: Sequence[float] = (
 
 
 def sample(
-    models: Models, requests: Sequence[Request], settings: SamplingConfig, *, progress: str | None = None
+    models: Models,
+    requests: Sequence[Request],
+    settings: SamplingConfig,
+    *,
+    progress: str | None = None,
+    known: dict[str, Tensor] | None = None,
 ) -> np.ndarray:
     """Generate one picture per (prompt, seed), batched across prompts.
 
@@ -97,6 +105,8 @@ def sample(
         requests: (prompt, seed) of each picture.
         settings: sampler, guidance, size and batch size.
         progress: name of the progress bar; None for no bar. It stays silent off a terminal.
+        known: embeddings by prompt that an earlier call left here, used again and then replaced by those of this call:
+            a list of requests in many calls, prompt after prompt, has each prompt encoded once.
 
     Returns:
         (N, H, W, 3) uint8.
@@ -104,7 +114,7 @@ def sample(
     Raises:
         TisserandError: a picture is not finite, naming its prompt and seed.
     """
-    latents = sample_latents(models, requests, settings, progress=progress)
+    latents = sample_latents(models, requests, settings, progress=progress, known=known)
     return decode(models, latents, requests, batch_size=settings.batch_size)
 
 
@@ -115,6 +125,7 @@ def sample_latents(
     settings: SamplingConfig,
     *,
     progress: str | None = None,
+    known: dict[str, Tensor] | None = None,
     begin_with: Sequence[Image.Image] = (),
 ) -> Tensor:
     """Generate scaled latents, (N, 4, h, w), as ``sample`` does before decoding.
@@ -124,6 +135,7 @@ def sample_latents(
         requests: as in ``sample``.
         settings: as in ``sample``.
         progress: as in ``sample``.
+        known: as in ``sample``.
         begin_with: a picture for each request, in the size asked for, that sampling starts from after half the steps
             (SDEdit, Meng et al. 2021, arXiv:2108.01073); none: from noise.
     """
@@ -137,11 +149,10 @@ def sample_latents(
         pipeline = StableDiffusionImg2ImgPipeline(**pipeline.components, requires_safety_checker=False)
     pipeline.set_progress_bar_config(disable=True)
     batches = []
-    with evaluating(models), warnings.catch_warnings():
+    with evaluating(models), together(models), warnings.catch_warnings():
         # diffusers' samplers turn tensors into arrays in a way NumPy 2 still allows but comments on.
         warnings.filterwarnings("ignore", message="__array__ implementation doesn't accept a copy keyword")
-        prompts = sorted({prompt for prompt, _ in requests} | {settings.negative_prompt})
-        embeds = dict(zip(prompts, encode_prompts(models, prompts), strict=True))  # prompt -> (L, D)
+        embeds = _embeddings(models, {prompt for prompt, _ in requests} | {settings.negative_prompt}, known)
         starts = range(0, len(requests), settings.batch_size)
         for start in tqdm(starts, desc=progress, unit="batch", disable=True if progress is None else None):
             batch = requests[start : start + settings.batch_size]
@@ -160,9 +171,11 @@ def sample_latents(
 
 @torch.no_grad()
 def decode(models: Models, latents: Tensor, requests: Sequence[Request], *, batch_size: int = 16) -> np.ndarray:
-    """Turn scaled latents (N, 4, h, w) into pictures (N, H, W, 3) uint8; raise if one is not finite."""
+    """Turn scaled latents (N, 4, h, w) into pictures (N, H, W, 3) uint8, few at a time; raise if one is not finite."""
     pictures = []
-    with evaluating(models):
+    cells = latents.shape[-2] * latents.shape[-1]
+    batch_size = max(1, min(batch_size, _DECODED_CELLS // cells))
+    with evaluating(models), together(models):
         for start in range(0, len(latents), batch_size):
             batch = (
                 latents[start : start + batch_size].to(models.vae.device, models.vae.dtype)
@@ -179,6 +192,16 @@ def decode(models: Models, latents: Tensor, requests: Sequence[Request], *, batc
             levels = ((pixels / 2 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8)
             pictures.append(levels.permute(0, 2, 3, 1).cpu().numpy())
     return np.concatenate(pictures)
+
+
+def _embeddings(models: Models, prompts: set[str], known: dict[str, Tensor] | None) -> dict[str, Tensor]:
+    """Return the embeddings (L, D) of prompts, taking those that are known from there, and leaving these there."""
+    known = {} if known is None else known
+    if missing := sorted(prompts - known.keys()):
+        known |= zip(missing, encode_prompts(models, missing), strict=True)
+    for prompt in known.keys() - prompts:
+        del known[prompt]
+    return known
 
 
 def require_light(pictures: np.ndarray, requests: Sequence[Request]) -> None:

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from configs.load import command
 from finetune.core.config import (
@@ -46,8 +46,8 @@ if TYPE_CHECKING:
 class LoraDreamBoothTrainConfig(TrainConfig):
     """The loop, with the defaults of diffusers' train_dreambooth_lora.py."""
 
-    train_batch_size: int = 4
-    """Images per process in one forward pass; with class images as many of them beside."""
+    train_batch_size: int | Literal["auto"] = 4
+    """Images per process in one forward pass, with class images as many of them beside; auto: as many as fit."""
     num_train_epochs: int = 1
     """Passes over the images; max_train_steps wins."""
     learning_rate: float = 5e-4

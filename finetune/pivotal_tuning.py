@@ -19,7 +19,7 @@ import os
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from configs.load import command
 from finetune.core.config import (
@@ -55,8 +55,8 @@ if TYPE_CHECKING:
 class PivotalTuningTrainConfig(TrainConfig):
     """The loop; batch and rate as in LoRA + DreamBooth, length as in Textual Inversion."""
 
-    train_batch_size: int = 4
-    """Images per process in one forward pass; with class images as many of them beside."""
+    train_batch_size: int | Literal["auto"] = 4
+    """Images per process in one forward pass, with class images as many of them beside; auto: as many as fit."""
     max_train_steps: int | None = 2000
     """Optimizer updates in all; `null`: as many as num_train_epochs gives."""
 
@@ -145,6 +145,10 @@ class Staged:
     def steps_per_epoch(self) -> int:
         """Optimizer updates in one pass over the images, in either stage."""
         return self.first.steps_per_epoch
+
+    def cut(self, train: TrainConfig) -> Staged:
+        """Return the same updates, in forward passes of as many images as these settings say."""
+        return dataclasses.replace(self, first=self.first.cut(train), then=self.then.cut(train))
 
     def update(self, number: int) -> Update:
         """Return this process's share of an update."""

@@ -13,7 +13,7 @@ from configs.errors import TisserandError
 from configs.load import load
 from finetune.core.batches import Batch
 from finetune.core.config import TrainConfig
-from finetune.core.memory import _peaks, advice, estimate, is_out_of_memory
+from finetune.core.memory import advice, estimate, is_out_of_memory, peaks
 from finetune.core.method_config import LoraConfig
 from finetune.core.models import Denoiser, Models, encode_prompts, load_models
 from finetune.core.noise import from_scheduler
@@ -61,7 +61,7 @@ def test_two_images_tell_what_a_batch_of_six_takes(models: Models, whole: bool, 
     loss = partial(denoising_loss, schedule=from_scheduler(models.scheduler.config))
     parameters, batch = list(learns.parameters.values()), make_batch(models, 6)
     need = estimate(denoiser, parameters, loss, batch, settings())
-    _, held = _peaks(denoiser, parameters, loss, batch)
+    _, held = peaks(denoiser, parameters, loss, batch)
     # Gradients and activations share the time after the forward pass, so that their sum may be a little too much.
     assert 0.95 * held < need.gradients + need.activations < 1.05 * (held + need.gradients)
     assert all(parameter.grad is None for parameter in parameters)

@@ -9,6 +9,7 @@ Shapes: images N, batch B, captions U, token places L, width D, latents (4, h, w
 
 from __future__ import annotations
 
+import dataclasses
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -89,6 +90,9 @@ class Batches(Protocol):
     def update(self, number: int) -> Update:
         """Return the update with this number, counted from 0; the same number gives the same tensors."""
 
+    def cut(self, train: TrainConfig) -> Batches:
+        """Return the same updates, in forward passes of as many images as these settings say."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class CaptionedBatches:
@@ -138,8 +142,8 @@ class CaptionedBatches:
         """Return this process's share of an update."""
         epoch, within = divmod(number, self.steps_per_epoch)
         count = len(self.pictures)
-        across = self.train.train_batch_size * self.num_processes
-        per_update = across * self.train.gradient_accumulation_steps
+        across = self.train.micro_batch * self.num_processes
+        per_update = self.train.images_per_update(self.num_processes)
         first, last = within * per_update, min((within + 1) * per_update, count)
         buckets = defaultdict(list)
         for position in range(epoch * count + first, epoch * count + last):
@@ -153,6 +157,10 @@ class CaptionedBatches:
                 # Every process must enter each forward pass: one with nothing to do takes an image that counts nothing.
                 batches.append(self._batch(mine or together[:1], weight=1.0 if mine else 0.0))
         return Update(batches=batches, weight=float(last - first), num_images=last - first)
+
+    def cut(self, train: TrainConfig) -> CaptionedBatches:
+        """Return the same updates, in forward passes of as many images as these settings say."""
+        return dataclasses.replace(self, train=train)
 
     def shown_at(self, position: int) -> Picture:
         """Return the picture at a position of the stream."""

@@ -9,10 +9,13 @@ from typing import Protocol
 
 from finetune.core.averages import Averages
 from finetune.core.batches import Batches, CaptionedBatches, captioned_batches
+from finetune.core.compilation import uncompiled
 from finetune.core.config import DriftWatchConfig, ObjectiveConfig, PreviewConfig, WatchConfig
 from finetune.core.drift_watch import DriftWatch
+from finetune.core.fused_backward import check_fused_backward
 from finetune.core.loop import train
-from finetune.core.models import Denoiser
+from finetune.core.micro_batch import fit_micro_batch
+from finetune.core.models import Denoiser, park
 from finetune.core.objective import denoising_loss
 from finetune.core.open import Opened, Recipe
 from finetune.core.previews import Previews
@@ -101,14 +104,7 @@ def train_and_save(
     if config.train.gradient_checkpointing:
         checkpoint_gradients(models)
     loss = partial(denoising_loss, schedule=opened.schedule, snr_gamma=config.objective.snr_gamma)
-    previews = Previews(
-        models,
-        config.previews,
-        run,
-        shape=next(iter(batches.shapes)),
-        steps_per_epoch=batches.steps_per_epoch,
-        averages=averages,
-    )
+    check_fused_backward(run, batches)
     watch = watch_losses(
         config.watch,
         opened,
@@ -118,24 +114,36 @@ def train_and_save(
         learns_text=batches.learns_text,
         for_drift=config.drift.drift_probes is not None,
     )
+    cuts_anew = config.pictures.crops_at_random and not config.pictures.cache_crops
+    park(models, keeps_text_encoder=batches.learns_text, keeps_vae=cuts_anew)
+    denoiser = Denoiser(models.text_encoder if batches.learns_text else None, models.unet)
+    updates = fit_micro_batch(run, denoiser, learns, updates, loss)
+    previews = Previews(
+        models,
+        config.previews,
+        run,
+        shape=next(iter(batches.shapes)),
+        steps_per_epoch=batches.steps_per_epoch,
+        averages=averages,
+    )
     drift = DriftWatch(config.drift, opened, learns, averages, watch, size=batches.size)
     looking: tuple[Observer, ...] = (drift, watch, *observers, previews)
     num_images = len({image.path for image in opened.images})
     run.say(
-        f"{says} from {num_images} images in {run.total_steps} steps of {config.train.train_batch_size} x "
-        f"{config.train.gradient_accumulation_steps} images, seed {run.seed}"
+        f"{says} from {num_images} images in {run.total_steps} steps of {run.train.micro_batch} x "
+        f"{run.train.gradient_accumulation_steps} images, seed {run.seed}"
     )
 
     if run.checkpoint is None:
         _look(looking, run, 0)
-    denoiser = Denoiser(models.text_encoder, models.unet)
-    for step in train(run, denoiser, learns, updates, loss, config.train, averages):
+    for step in train(run, denoiser, learns, updates, loss, run.train, averages):
         averages.update()
         run.log(step)
         if _look(looking, run, step.number):
             break
 
-    drift.finish()
+    with uncompiled(run):
+        drift.finish()
     if run.is_sharded:
         gather(denoiser, learns, averages, keeps=run.is_main)
     if run.is_main:
@@ -150,7 +158,8 @@ def train_and_save(
 def _look(observers: Sequence[Observer], run: Run, step: int) -> bool:
     """Let all look; where one ends the run, this becomes its last step, also for those that look after it."""
     ends = False
-    for observer in observers:
-        if observer.look(step):
-            ends, run.total_steps = True, step
+    with uncompiled(run):
+        for observer in observers:
+            if observer.look(step):
+                ends, run.total_steps = True, step
     return ends

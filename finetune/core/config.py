@@ -6,7 +6,7 @@ key of the same name. Defaults are those of diffusers' ``train_text_to_image_lor
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePath
 from typing import Literal
 
@@ -282,8 +282,10 @@ class TrainConfig:
     """Start anew in a folder that holds a run; its checkpoints, pictures and weights go. Ours."""
     seed: int | None = None
     """Seed of every random draw; drawn once and written to config.yaml if absent."""
-    train_batch_size: int = 16
-    """Images per process in one forward pass."""
+    train_batch_size: int | Literal["auto"] = 16
+    """Images per process in one forward pass; auto: as many as memory holds, which needs --global_batch_size."""
+    global_batch_size: int | None = None
+    """Images per optimizer update, over all processes; how many forward passes that takes follows from it. Ours."""
     num_train_epochs: int = 100
     """Passes over the images; max_train_steps wins."""
     max_train_steps: int | None = None
@@ -319,7 +321,12 @@ class TrainConfig:
     adam_epsilon: float = 1e-8
     """AdamW's epsilon."""
     max_grad_norm: float = 1.0
-    """Gradients are scaled down to this norm."""
+    """Gradients are scaled down to this norm; 0: they are left as they are."""
+    fused_backward: bool = False
+    """Step each weight as soon as its gradient is there, and free it: less memory. For one forward pass an update, in
+    one process, without clipping (--max_grad_norm 0). Ours."""
+    compile: Literal["no", "auto", "yes"] = "no"
+    """Compile the U-Net's repeated blocks within the first steps; auto: where it saves more than it costs. Ours."""
     mixed_precision: Literal["no", "fp16", "bf16"] | None = None
     """Precision of the forward pass; what learns is float32 in any case. From `accelerate launch` if absent."""
     allow_tf32: bool = False
@@ -350,13 +357,13 @@ class TrainConfig:
     def __post_init__(self) -> None:
         """Check ranges."""
         need_positive(
-            train_batch_size=self.train_batch_size,
+            train_batch_size=None if self.train_batch_size == "auto" else self.train_batch_size,
+            global_batch_size=self.global_batch_size,
             num_train_epochs=self.num_train_epochs,
             max_train_steps=self.max_train_steps,
             gradient_accumulation_steps=self.gradient_accumulation_steps,
             learning_rate=self.learning_rate,
             adam_epsilon=self.adam_epsilon,
-            max_grad_norm=self.max_grad_norm,
             checkpointing_steps=self.checkpointing_steps,
             checkpoints_total_limit=self.checkpoints_total_limit,
             logging_steps=self.logging_steps,
@@ -364,8 +371,16 @@ class TrainConfig:
             lr_power=self.lr_power,
         )
         need_not_negative(
-            seed=self.seed, lr_warmup_steps=self.lr_warmup_steps, adam_weight_decay=self.adam_weight_decay
+            seed=self.seed,
+            lr_warmup_steps=self.lr_warmup_steps,
+            adam_weight_decay=self.adam_weight_decay,
+            max_grad_norm=self.max_grad_norm,
         )
+        if self.train_batch_size == "auto" and self.global_batch_size is None:
+            raise refuse("train_batch_size", "auto", "needs --global_batch_size, the images of an update")
+        if self.global_batch_size is not None and self.gradient_accumulation_steps > 1:
+            number = self.gradient_accumulation_steps
+            raise refuse("gradient_accumulation_steps", number, "leave it out: it follows from --global_batch_size")
         logs = PurePath(self.logging_dir)
         if logs.is_absolute() or not logs.parts or ".." in logs.parts:
             raise refuse("logging_dir", self.logging_dir, "must be a folder within --output_dir, such as logs")
@@ -373,17 +388,63 @@ class TrainConfig:
             raise refuse("use_8bit_adam", True, f"is AdamW; leave out --optimizer {self.optimizer}")
         if self.optimizer == "prodigy" and self.learning_rate < 0.1:
             raise refuse("learning_rate", self.learning_rate, "prodigy multiplies the rate it finds by this: give 1")
+        if self.fused_backward:
+            self._check_fused_backward()
         for flag, value in (("adam_beta1", self.adam_beta1), ("adam_beta2", self.adam_beta2)):
             if not 0 <= value < 1:
                 raise refuse(flag, value, "must be in [0, 1)")
 
+    def _check_fused_backward(self) -> None:
+        """Refuse what needs all gradients at once, or adds up several."""
+        if self.train_batch_size == "auto":
+            raise refuse("train_batch_size", "auto", "not with --fused_backward, which takes one pass; give a number")
+        if self.gradient_accumulation_steps > 1:
+            number = self.gradient_accumulation_steps
+            raise refuse("gradient_accumulation_steps", number, "not with --fused_backward, which steps in each pass")
+        if self.max_grad_norm:
+            reason = "not with --fused_backward, which never holds all gradients; give 0, no clipping"
+            raise refuse("max_grad_norm", self.max_grad_norm, reason)
+        if self.optimizer == "prodigy":
+            raise refuse("optimizer", "prodigy", "not with --fused_backward: it looks at all gradients for one rate")
+        if not self.set_grads_to_none:
+            raise refuse("set_grads_to_none", False, "not with --fused_backward, which frees each gradient")
+
     def steps_per_epoch(self, num_images: int, num_processes: int = 1) -> int:
         """Return the optimizer updates of one pass over the images; the last may be short."""
-        return -(-num_images // (self.train_batch_size * self.gradient_accumulation_steps * num_processes))
+        return -(-num_images // self.images_per_update(num_processes))
 
     def total_steps(self, num_images: int, num_processes: int = 1) -> int:
         """Return the optimizer updates of the whole run."""
         return self.max_train_steps or self.num_train_epochs * self.steps_per_epoch(num_images, num_processes)
+
+    def images_per_update(self, num_processes: int = 1) -> int:
+        """Return the images of one optimizer update, over all processes."""
+        return self.global_batch_size or self.micro_batch * self.gradient_accumulation_steps * num_processes
+
+    @property
+    def micro_batch(self) -> int:
+        """Images per process in one forward pass, once they are known."""
+        if self.train_batch_size == "auto":
+            raise ValueError("--train_batch_size auto: not chosen yet")
+        return self.train_batch_size
+
+    def with_micro_batch(self, size: int, num_processes: int = 1) -> TrainConfig:
+        """Return the settings for the same updates, each in forward passes of this many images.
+
+        Raises:
+            ValueError: they do not divide the images of an update.
+        """
+        total = self.images_per_update(num_processes)
+        if total % (size * num_processes):
+            raise refuse(
+                "global_batch_size", total, f"must be a multiple of {size} x {num_processes} (images x processes)"
+            )
+        return replace(
+            self,
+            train_batch_size=size,
+            gradient_accumulation_steps=total // (size * num_processes),
+            global_batch_size=None,
+        )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -18,7 +18,9 @@ from configs.errors import TisserandError, UsageError
 from configs.load import Terminated
 from finetune.core import checkpoints
 from finetune.core.batches import Batches, Update
+from finetune.core.compilation import compile_blocks
 from finetune.core.config import TrainConfig
+from finetune.core.fused_backward import fused_backward
 from finetune.core.memory import check_memory
 from finetune.core.noise import counter_seed
 from finetune.core.objective import Loss
@@ -89,6 +91,7 @@ def train(
     """
     accelerator = run.accelerator
     check_memory(run, denoiser, learns, batches, loss, config)
+    compile_blocks(run, denoiser, batches, loss)
     if run.is_sharded:
         shard(denoiser, learns, averages, accelerator)
     parameters, bare_optimizer = learns.parameters, make_optimizer(learns, config)
@@ -116,6 +119,7 @@ def train(
         tqdm(
             total=run.total_steps, initial=done, desc="training", unit="step", disable=None if run.is_main else True
         ) as bar,
+        fused_backward(bare_optimizer, is_on=config.fused_backward, leaves_out=reads_are_free) as fused,
     ):
         for number in range(done + 1, run.total_steps + 1):
             # Module dropout, where there is any: not the same in every process, whose images differ.
@@ -124,17 +128,20 @@ def train(
             for group, share in zip(bare_optimizer.param_groups, shares, strict=True):
                 group["lr"] = group["base_lr"] * share * factor(number - 1)
             update = batches.update(number - 1)
+            if fused:
+                fused.begin(shares)
             value, per_image = _backward(accelerator, model, loss, update)
             _rest(learns, shares)
-            norm = clip(accelerator, parameters, config.max_grad_norm)
+            norm = fused.norm() if fused else clip(accelerator, parameters, config.max_grad_norm)
             window.losses.append(value)
             window.norms.append(norm.detach())
             window.per_image.append((number, per_image))
             window.images += update.num_images
             if reads_are_free:
                 _check_finite(window, batches, accelerator)
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=config.set_grads_to_none)
+            if not fused:
+                optimizer.step()
+                optimizer.zero_grad(set_to_none=config.set_grads_to_none)
 
             metrics = None
             last = number == run.total_steps

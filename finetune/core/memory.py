@@ -69,8 +69,7 @@ def check_memory(
         need = dataclasses.replace(need, **split)
     elif accelerator.num_processes > 1:  # the buckets in which gradients are averaged
         need = dataclasses.replace(need, gradients=2 * need.gradients)
-    sharing = int(os.environ.get("LOCAL_WORLD_SIZE", 1)) if accelerator.device.type == "cpu" else 1
-    free = free_memory(accelerator.device) // sharing
+    free, sharing = free_here(accelerator.device)
     images, height, width = len(batch.names), *batch.latents.shape[-2:]
     run.say(
         f"memory: weights {_size(need.weights)}; to come: gradients {_size(need.gradients)}, optimizer "
@@ -90,14 +89,15 @@ def estimate(
     denoiser: nn.Module, parameters: list[nn.Parameter], loss: Loss, batch: Batch, config: TrainConfig
 ) -> Need:
     """Measure a pass of one image and of two, and count what is known without measuring."""
-    gradients = sum(parameter.numel() * 4 for parameter in parameters)
-    passes = [_peaks(denoiser, parameters, loss, _first(batch, count)) for count in (1, 2)[: len(batch.names)]]
+    each = [parameter.numel() * 4 for parameter in parameters]
+    gradients = sum(each)
+    passes = [peaks(denoiser, parameters, loss, _first(batch, count)) for count in (1, 2)[: len(batch.names)]]
     forward, whole = (
         first + max(0, last - first) * (len(batch.names) - 1) for first, last in zip(passes[0], passes[-1], strict=True)
     )
     return Need(
         weights=sum(tensor.nbytes for tensor in (*denoiser.parameters(), *denoiser.buffers())),
-        gradients=gradients,
+        gradients=max(each, default=0) if config.fused_backward else gradients,
         optimizer=_optimizer_bytes(parameters, config),
         activations=max(forward, whole - gradients),
     )
@@ -106,7 +106,7 @@ def estimate(
 def advice(config: TrainConfig) -> str:
     """Say what to lower, naming only what is not lowered yet."""
     ways = []
-    if config.train_batch_size > 1:
+    if config.train_batch_size != "auto" and config.train_batch_size > 1:
         ways.append(f"lower --train_batch_size {config.train_batch_size} and raise --gradient_accumulation_steps")
     if not config.gradient_checkpointing:
         ways.append("add --gradient_checkpointing")
@@ -124,6 +124,12 @@ def is_out_of_memory(error: BaseException | None) -> bool:
     return isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
 
 
+def free_here(device: torch.device) -> tuple[int, int]:
+    """Return the bytes that this process can still take on a device, and how many processes share what is there."""
+    sharing = int(os.environ.get("LOCAL_WORLD_SIZE", 1)) if device.type == "cpu" else 1
+    return free_memory(device) // sharing, sharing
+
+
 def free_memory(device: torch.device) -> int:
     """Return the bytes that can still be taken on a device."""
     if device.type == "cuda":
@@ -132,7 +138,7 @@ def free_memory(device: torch.device) -> int:
     return int(psutil.virtual_memory().available)
 
 
-def _peaks(denoiser: nn.Module, parameters: list[nn.Parameter], loss: Loss, batch: Batch) -> tuple[int, int]:
+def peaks(denoiser: nn.Module, parameters: list[nn.Parameter], loss: Loss, batch: Batch) -> tuple[int, int]:
     """Return the most bytes held at once in a forward pass, and with the backward pass, gradients included."""
     with _Held() as held:
         value = (loss(denoiser, batch) * batch.weights).sum()

@@ -10,7 +10,8 @@ import hashlib
 import json
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -80,8 +81,8 @@ class Models:
 class Denoiser(nn.Module):
     """Text encoder and U-Net as the one module that is trained, whatever of it learns."""
 
-    def __init__(self, text_encoder: nn.Module, unet: nn.Module) -> None:
-        """Take the modules as they are."""
+    def __init__(self, text_encoder: nn.Module | None, unet: nn.Module) -> None:
+        """Take the modules as they are; without a text encoder where prompts come as embeddings."""
         super().__init__()
         self.text_encoder = text_encoder
         self.unet = unet
@@ -89,7 +90,7 @@ class Denoiser(nn.Module):
     def train(self, mode: bool = True) -> Denoiser:
         """Put the parts that learn into training mode, and no other: dropout in a frozen one is noise for nothing."""
         self.training = mode
-        for part in (self.text_encoder, self.unet):
+        for part in filter(None, (self.text_encoder, self.unet)):
             part.train(mode and any(parameter.requires_grad for parameter in part.parameters()))
         return self
 
@@ -272,7 +273,7 @@ def tokenize(models: Models, prompts: Sequence[str]) -> Tensor:
 
 @torch.no_grad()
 def encode_prompts(models: Models, prompts: Sequence[str]) -> Tensor:
-    """Return the embeddings (N, L, D) of prompts, each different one encoded once, on the model's device.
+    """Return the embeddings (N, L, D) of prompts, each different one encoded once, on the U-Net's device.
 
     Raises:
         UsageError: a prompt is longer than the text encoder reads.
@@ -282,7 +283,28 @@ def encode_prompts(models: Models, prompts: Sequence[str]) -> Tensor:
     # One at a time: what a prompt becomes must not depend on which others were asked for.
     embeds = torch.cat([models.text_encoder(row[None])[0] for row in ids])
     index = {prompt: place for place, prompt in enumerate(unique)}
-    return embeds[[index[prompt] for prompt in prompts]]
+    return embeds[[index[prompt] for prompt in prompts]].to(models.unet.device)
+
+
+def park(models: Models, *, keeps_text_encoder: bool, keeps_vae: bool, where: str | torch.device = "cpu") -> None:
+    """Move what training does not read off its device; sampling brings it back for as long as it takes."""
+    if not keeps_text_encoder:
+        models.text_encoder.to(where)
+    if not keeps_vae:
+        models.vae.to(where)
+
+
+@contextmanager
+def together(models: Models) -> Iterator[None]:
+    """Have all parts on the U-Net's device for a ``with`` block, and each back where it was."""
+    parts = [(part, part.device) for part in (models.text_encoder, models.vae)]
+    for part, _ in parts:
+        part.to(models.unet.device)
+    try:
+        yield
+    finally:
+        for part, device in parts:
+            part.to(device)
 
 
 def as_pipeline(models: Models) -> StableDiffusionPipeline:

@@ -81,7 +81,7 @@ def make_optimizer(learns: Learns, config: TrainConfig) -> Optimizer:
 
 def base_learning_rate(config: TrainConfig, num_processes: int, rate: float | None = None) -> float:
     """Return ``rate`` (``--learning_rate`` if None), multiplied by the images per update with ``--scale_lr``."""
-    scale = config.train_batch_size * config.gradient_accumulation_steps * num_processes if config.scale_lr else 1
+    scale = config.images_per_update(num_processes) if config.scale_lr else 1
     return (config.learning_rate if rate is None else rate) * scale
 
 

@@ -18,7 +18,7 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from itertools import zip_longest
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from PIL import Image, PngImagePlugin, UnidentifiedImageError
@@ -29,6 +29,7 @@ from configs.errors import InputError, UsageError
 from data_prep.manifest import METADATA_NAME
 from eval.config import SamplingConfig
 from finetune.core.batches import Batch, Batches, CaptionedBatches, Update, captioned_batches, distinct_rows
+from finetune.core.config import TrainConfig
 from finetune.core.images import SUFFIXES, CaptionedImage, data_hash, read_folder
 from finetune.core.method_config import PriorConfig
 from finetune.core.models import Denoiser, Models, encode_prompts, tokenize
@@ -45,18 +46,28 @@ _PRECISIONS = {"fp16": torch.float16, "bf16": torch.bfloat16}
 Predict = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
+class Prior(Protocol):
+    """Where the prior rows of an update come from."""
+
+    def __call__(self, number: int, update: Update) -> Update:
+        """Return the prior rows of an update, from its number and its own images."""
+
+    def cut(self, train: TrainConfig) -> Prior:
+        """Return the same rows, in forward passes of as many images as these settings say."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class WithPrior:
     """Updates of another ``Batches``, with prior rows beside its own.
 
     Attributes:
         images: what is to be learned.
-        prior: the prior rows of an update, from its number and its own images.
+        prior: the prior rows of an update.
         loss_weight: of the mean over prior rows beside the mean over images.
     """
 
     images: Batches
-    prior: Callable[[int, Update], Update]
+    prior: Prior
     loss_weight: float
     schedule: NoiseSchedule
 
@@ -64,6 +75,10 @@ class WithPrior:
     def steps_per_epoch(self) -> int:
         """Optimizer updates in one pass over the images; the prior does not count."""
         return self.images.steps_per_epoch
+
+    def cut(self, train: TrainConfig) -> WithPrior:
+        """Return the same updates, in forward passes of as many images, and prior rows, as these settings say."""
+        return dataclasses.replace(self, images=self.images.cut(train), prior=self.prior.cut(train))
 
     def update(self, number: int) -> Update:
         """Return this process's share of an update; rows of one shape go through the model together."""
@@ -120,6 +135,21 @@ def _joined_rows(parts: Sequence[tuple[Tensor, Tensor] | None], sizes: Sequence[
     return torch.cat(first), torch.cat(which)
 
 
+@dataclass(frozen=True)
+class ClassImages:
+    """Prior rows from class images, as many as there are images in an update."""
+
+    batches: CaptionedBatches
+
+    def cut(self, train: TrainConfig) -> ClassImages:
+        """Return the same rows, in forward passes of as many images as these settings say."""
+        return ClassImages(self.batches.cut(train))
+
+    def __call__(self, number: int, update: Update) -> Update:
+        """Return the class images of an update."""
+        return self.batches.update(number)
+
+
 @dataclass(frozen=True, kw_only=True)
 class BasePrediction:
     """Prior rows from no images: the noisy latents of an update with other prompts; the base model says the target.
@@ -133,6 +163,10 @@ class BasePrediction:
     prompts: Tensor
     schedule: NoiseSchedule
     seed: int
+
+    def cut(self, train: TrainConfig) -> BasePrediction:
+        """Return itself: it follows the batches of the images."""
+        return self
 
     def __call__(self, number: int, update: Update) -> Update:
         """Return as many prior rows as the update has images, each with a prompt drawn by its position."""
@@ -189,7 +223,7 @@ def with_prior(batches: CaptionedBatches, opened: Opened, config: PriorConfig, *
     prior = dataclasses.replace(prior, seed=counter_seed(run.seed, "prior", 0))
     return WithPrior(
         images=batches,
-        prior=lambda number, _: prior.update(number),
+        prior=ClassImages(prior),
         loss_weight=config.prior_loss_weight,
         schedule=schedule,
     )
@@ -383,12 +417,13 @@ def _generate(
     dtype = _PRECISIONS.get(precision)
     models = dataclasses.replace(opened.models, scheduler=opened.base_scheduler)
     mine = numbers[accelerator.process_index :: accelerator.num_processes]
+    known: dict[str, Tensor] = {}
     with tqdm(total=len(mine), desc="class images", unit="img", disable=None if opened.run.is_main else True) as bar:
         for start in range(0, len(mine), config.sample_batch_size):
             batch = mine[start : start + config.sample_batch_size]
             requests = [(str(config.class_prompt), opened.run.seed + number) for number in batch]
             with torch.autocast(accelerator.device.type, dtype=dtype) if dtype else nullcontext():
-                latents = sample_latents(models, requests, settings)
+                latents = sample_latents(models, requests, settings, known=known)
             pictures = decode(models, latents, requests)  # in float32: half precision overflows in this VAE
             require_light(pictures, requests)
             for number, picture, (_, seed) in zip(batch, pictures, requests, strict=True):

@@ -42,6 +42,7 @@ CARD, CONFIG, ENVIRONMENT, METRICS, HELDOUT, DRIFT, DRIFT_FOLDER, SELECTION, PRO
     "provenance.json",
     "run.lock",
 )
+_DECIDED = ("train_batch_size", "compiled")  # what the machine decided when the run began
 # They say where things are put or shown, and leave what is learned alone.
 _WITHOUT_EFFECT = CHANGEABLE - {"max_train_steps", "num_train_epochs"}
 
@@ -60,6 +61,7 @@ class Run:
         config_hash: SHA-256 over the settings that can change what is learned.
         checkpoint: to continue from, or None.
         is_sharded: what is trained is split over the processes.
+        began: environment.json of the run that is continued.
         inputs: hashes of what is read after the start, by option; a checkpoint goes on with the same ones alone.
     """
 
@@ -72,6 +74,7 @@ class Run:
     checkpoint: Path | None
     lock: TextIO | None
     is_sharded: bool = False
+    began: dict[str, Any] = field(default_factory=dict)
     planned_steps: int = field(init=False)
     inputs: dict[str, str] = field(default_factory=dict)
 
@@ -101,6 +104,12 @@ class Run:
             stream.write(json.dumps(step.metrics) + "\n")
         values = {name: value for name, value in step.metrics.items() if name != "step"}
         self.accelerator.log(values, step=step.number)
+
+    def note(self, **values: object) -> None:
+        """Add what this run found out about its machine to environment.json."""
+        if self.is_main and not self.train.dry_run:
+            path = self.folder / ENVIRONMENT
+            path.write_text(json.dumps(_read_json(path) | values, indent=2) + "\n", encoding="utf-8")
 
     def show(self, picture: Image, step: int) -> None:
         """Keep a preview as previews/step-000200.png and hand it to the trackers."""
@@ -206,6 +215,8 @@ def start_run(
             )
         accelerator.wait_for_everyone()  # all have read what the first one changes now
 
+        train = _with_known_batch(train, accelerator.num_processes, machine if checkpoint else {})
+        now |= {name: machine[name] for name in _DECIDED if checkpoint and name in machine}
         run = Run(
             folder=folder,
             accelerator=accelerator,
@@ -216,10 +227,13 @@ def start_run(
             checkpoint=checkpoint,
             lock=lock,
             is_sharded=is_sharded,
+            began=machine if checkpoint else {},
         )
         if checkpoint and machine.get("threads") != threads:
             then = machine.get("threads")
             run.say(f"note: {then} threads before, {threads} now: the result will not be bitwise the same")
+        if "train_batch_size" in now:
+            run.say(f"--train_batch_size auto: {train.micro_batch} images a pass, as the run began")
         if run.is_main and not train.dry_run:
             (folder / CONFIG).write_text(
                 yaml.safe_dump(settings, sort_keys=False, allow_unicode=True), encoding="utf-8"
@@ -302,6 +316,19 @@ def _choose_seed(train: TrainConfig, saved: dict[str, Any]) -> int:
     from accelerate.utils import broadcast_object_list
 
     return int(broadcast_object_list([secrets.randbelow(2**31)])[0])
+
+
+def _with_known_batch(train: TrainConfig, num_processes: int, began: dict[str, Any]) -> TrainConfig:
+    """Fill in images and forward passes of an update where they are known: asked for, or as the run began."""
+    try:
+        if train.train_batch_size != "auto":
+            return train.with_micro_batch(train.micro_batch, num_processes) if train.global_batch_size else train
+        if "train_batch_size" in began:
+            return train.with_micro_batch(int(began["train_batch_size"]), num_processes)
+        train.with_micro_batch(1, num_processes)
+    except ValueError as error:
+        raise UsageError(str(error)) from None
+    return train
 
 
 def _refuse_changes(folder: Path, settings: dict[str, Any], saved: dict[str, Any]) -> None:

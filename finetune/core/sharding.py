@@ -38,6 +38,7 @@ _REFUSED = {
     "placeholder_token": "a few rows learn, which leaves nothing to split; use configs/accelerate/multi_gpu.yaml",
     "use_8bit_adam": "its moments cannot be split; leave it out",
     "offload_ema": "each process holds its share of the averages; leave it out",
+    "fused_backward": "gradients are added up over the processes first; leave it out",
 }
 # What the launcher hands on by these names, and the values that are honoured.
 _LAUNCHER = {
@@ -163,8 +164,8 @@ def shared_as(value: Tensor, like: Tensor) -> Tensor:
 
 
 def clip(accelerator: Accelerator, parameters: Mapping[str, nn.Parameter], largest: float) -> Tensor:
-    """Scale the gradients down to a norm of at most ``largest`` over all of them; return the norm they had."""
-    values = list(parameters.values())
+    """Scale the gradients down to a norm of ``largest`` over all, if above 0; return the norm they had."""
+    values, largest = list(parameters.values()), largest or float("inf")
     if any(isinstance(value, DTensor) for value in values):
         # accelerate compares lists of tensors here, which fails for shares.
         norm = torch.nn.utils.clip_grad_norm_(values, largest)

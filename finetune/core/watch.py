@@ -28,7 +28,7 @@ from finetune.core.averages import Averages
 from finetune.core.batches import Batch, check_captions, make_pictures
 from finetune.core.config import PictureConfig, WatchConfig
 from finetune.core.images import CaptionedImage, read_folder
-from finetune.core.latents import CachedLatents, cached_latents
+from finetune.core.latents import CachedLatents, Latents, cached_latents
 from finetune.core.models import Denoiser, encode_prompts, tokenize
 from finetune.core.noise import counter_seed, draw, permutation
 from finetune.core.objective import denoising_loss
@@ -70,7 +70,7 @@ class Watch:
     config: WatchConfig
     opened: Opened
     sets: dict[str, list[Picture]]
-    latents: CachedLatents
+    latents: Latents
     prompts: Tensor
     prompt_rows: dict[str, int]
     averages: Averages
@@ -129,7 +129,7 @@ class Watch:
 
     def _batches(self, pictures: Sequence[Picture]) -> Iterator[tuple[list[int], Batch]]:
         """Yield the triples of the pictures, as many at a time as training takes, with their places in the table."""
-        bands, size = self.bands, self.opened.run.train.train_batch_size
+        bands, size = self.bands, self.opened.run.train.micro_batch
         for shape in sorted({picture.shape for picture in pictures}):
             members = [place for place, picture in enumerate(pictures) if picture.shape == shape]
             cells = [place * len(bands) + band for place in members for band in range(len(bands))]
