@@ -26,7 +26,7 @@ from typing import Any
 PARTS = {
     "data": ("finetune.core.batches", "CaptionedBatches.update"),
     "forward and backward": ("finetune.core.loop", "_backward"),
-    "clipping": ("accelerate", "Accelerator.clip_grad_norm_"),
+    "clipping": ("finetune.core.loop", "clip"),
     "check of the loss": ("finetune.core.loop", "_check_finite"),
 }
 KINDS = {

@@ -65,7 +65,7 @@ class TrainingConfig:
     mixed_precision: Literal["no", "bf16", "fp16"] = "no"
     """Of all arms."""
     arms: tuple[str, ...] = ("ours", "b0", "b1", "bare", "unet")
-    """Of ``steps``: ours, b0, b1, b1_inductor, ours_compiled (where --compile exists), bare, unet."""
+    """Of ``steps``: ours, b0, b1, b1_inductor, ours_compiled (with --compile yes), bare, unet."""
     warmup_steps: int = 3
     """Steps before the first turn that counts."""
     turn_steps: int = 5
@@ -286,7 +286,7 @@ def arm_words(
             own += ["--allow_tf32", "--dataloader_num_workers", str(config.dataloader_num_workers)]
         return [str(config.diffusers / "examples" / chosen.script), *words, *own]
     own = chosen.our_words.split() + ["--allow_tf32"] * (config.size != "reduced")
-    return [str(HERE.parent / chosen.recipe), *words, *own, *(["--compile"] if arm == "ours_compiled" else [])]
+    return [str(HERE.parent / chosen.recipe), *words, *own, *(["--compile", "yes"] if arm == "ours_compiled" else [])]
 
 
 def environment_of(arm: str) -> dict[str, str]:
