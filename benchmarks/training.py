@@ -210,7 +210,51 @@ def main(config: TrainingConfig) -> None:
                 keep(config, "parity", measure_parity(config, place, method))
             if "end_to_end" in config.stages and method in config.end_to_end_methods:
                 keep(config, "end_to_end", measure_jobs(config, place, method, reason))
+    if config.output.is_file():
+        print("\n".join(["", *table(json.loads(config.output.read_text(encoding="utf-8"))["measured"])]))
     print(f"figures: {config.output}")
+
+
+def table(measured: Sequence[dict[str, Any]]) -> list[str]:
+    """Return the figures as tables in Markdown: seconds a step, and how many times as fast ours is."""
+
+    def times(values: dict[str, float] | None) -> str:
+        return f"{values['median']:.2f}x ({values['min']:.2f} to {values['max']:.2f})" if values else "not measured"
+
+    lines = ["| model, method, micro-batch | ours | over B0 | over B1 | over B1, inductor | of it bare | U-Net alone |"]
+    lines += ["|---|---:|---:|---:|---:|---:|---:|"]
+    for one in measured:
+        if one["stage"] == "steps":
+            ratio, arms = one["speedup_of_ours"], one["arms"]
+            steps = {arm: values["step_s"]["median"] for arm, values in arms.items()}
+            cells = [f"{one['model']} {one['mixed_precision']}, {one['method']}, {one['batch_size']}"]
+            cells += [f"{steps['ours']:.3f} s" if "ours" in steps else "not measured"]
+            cells += [times(ratio.get(arm)) for arm in STOCK]
+            cells += [
+                f"{100 * ratio[arm]['median']:.0f} %" if arm in ratio else "not measured" for arm in ("bare", "unet")
+            ]
+            lines.append(f"| {' | '.join(cells)} |")
+    lines += [
+        "",
+        "| method | ours over theirs on the fixed list | at the start | fed their draws, largest difference |",
+    ]
+    lines += ["|---|---:|---:|---:|"]
+    for one in measured:
+        if one["stage"] == "parity":
+            losses = one["loss_on_the_fixed_list"]
+            lines.append(
+                f"| {one['method']}, {one['steps']} steps of {one['batch_size']} | {losses['ours']:.4f} / "
+                f"{losses['b1']:.4f} = {one['ours_over_theirs']:.4f} | {losses['base']:.4f} | "
+                f"{one['largest_difference_in_replay']:.1e} |"
+            )
+    for one in measured:
+        if one["stage"] == "end_to_end":
+            shown = ", ".join(f"{arm} {values['wall_s']['median']:.0f} s" for arm, values in one["arms"].items())
+            ratio = times(one.get("speedup_of_ours"))
+            lines.append(
+                f"\n{one['method']}, whole job of {one['steps']} steps of {one['batch_size']}: {shown}, {ratio}"
+            )
+    return lines
 
 
 def why_no_script(config: TrainingConfig) -> str | None:
