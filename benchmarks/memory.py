@@ -44,7 +44,7 @@ class MemoryConfig:
 
     diffusers: Path | None = None
     """A checkout of diffusers; without it only our recipes run."""
-    size: Literal["reduced", "sd15", "sd21"] = "reduced"
+    size: Literal["grain", "reduced", "sd15", "sd21"] = "reduced"
     """The model, made from its config with random weights."""
     methods: tuple[MethodName, ...] = ("lora", "full", "textual_inversion", "dreambooth")
     """What to measure."""

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 class SamplingBenchmark:
     """Settings of ``benchmarks/sampling.py``."""
 
-    size: Literal["reduced", "sd15", "sd21"] = "reduced"
+    size: Literal["grain", "reduced", "sd15", "sd21"] = "reduced"
     """The model, made from its config with random weights."""
     num_images: int = 8
     """Pictures of one turn."""

@@ -50,8 +50,8 @@ class TrainingConfig:
 
     diffusers: Path | None = None
     """A checkout of diffusers, of the release that is installed or one it still runs; without it only our arms run."""
-    size: Literal["reduced", "sd15", "sd21"] = "reduced"
-    """The model, made from its config with random weights: reduced for a CPU, the published sizes for a GPU."""
+    size: Literal["grain", "reduced", "sd15", "sd21"] = "reduced"
+    """The model, made from its config with random weights: reduced for a CPU; grain only tries the path."""
     model: Path | None = None
     """A pipeline folder to use instead."""
     resolution: int | None = None
@@ -329,7 +329,7 @@ def arm_words(
         if arm != "b0":
             own += ["--allow_tf32", "--dataloader_num_workers", str(config.dataloader_num_workers)]
         return [str(config.diffusers / "examples" / chosen.script), *words, *own]
-    own = chosen.our_words.split() + ["--allow_tf32"] * (config.size != "reduced")
+    own = chosen.our_words.split() + ["--allow_tf32"] * (config.size in ("sd15", "sd21"))
     return [str(HERE.parent / chosen.recipe), *words, *own, *(["--compile", "yes"] if arm == "ours_compiled" else [])]
 
 
