@@ -212,10 +212,11 @@ def leak_figures(config: DriftBenchmarkConfig) -> dict[str, Any]:
     if detector is None:
         raise TisserandError(why_blind)
     pictures = kept["pictures"].flatten(0, 1).numpy().copy()
-    slices = read_slices(config.weave / "validation", size, limit=len(pictures) // 2, seed=config.seed)
+    slices = read_slices(config.weave / "validation", size, limit=len(pictures), seed=config.seed)[: len(pictures) // 2]
     pictures[: 2 * len(slices) : 2] = np.stack(slices)[..., None]
     found = is_leaked(detector.patch_shares(pictures))
-    replaced = np.arange(len(pictures)) % 2 == 0
+    replaced = np.arange(len(pictures)) < 2 * len(slices)
+    replaced &= np.arange(len(pictures)) % 2 == 0
     return {
         "leak": float(found.mean()),
         "pictures": len(pictures),

@@ -226,7 +226,7 @@ def test_two_processes_look_and_end_together(train: Train) -> None:
     asked = [
         f"--{name}={words[name]}" for name in ("pretrained_model_name_or_path", "drift_probes", "seed", "report_to")
     ]
-    asked += ["--train_data_dir", words["train_data_dir"][0], "--train_batch_size", 1, "--logging_steps", 2]
+    asked += ["--train_data_dir", words["train_data_dir"][0], "--train_batch_size=1", "--logging_steps=2"]
     process = torchrun("finetune/lora.py", *asked, *options, "--output_dir", one.with_name("two"))
     output, _ = process.communicate(timeout=900)
     assert process.returncode == 0, output
