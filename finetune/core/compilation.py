@@ -7,7 +7,7 @@ Whoever looks at the model while it learns runs it as it is (``uncompiled``): no
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+import warnings
 from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from configs.errors import UsageError
 
 if TYPE_CHECKING:
-    from finetune.core.batches import Batches
+    from finetune.core.batches import Batch, Batches
     from finetune.core.objective import Loss
     from finetune.core.run import Run
 
@@ -64,6 +64,8 @@ def compile_blocks(run: Run, denoiser: nn.Module, batches: Batches, loss: Loss, 
 
     limits.recompile_limit = max(limits.recompile_limit, _MOST_VARIANTS)
     limits.accumulated_recompile_limit = max(limits.accumulated_recompile_limit, 2 * _MOST_VARIANTS)
+    # The compiler looks at the gradients of all inputs, and is warned of those that will have none.
+    warnings.filterwarnings("ignore", message="The .grad attribute of a Tensor that is not a leaf Tensor")
     blocks = repeated_blocks(denoiser)
     for block in blocks:
         block.compile(dynamic=False, backend=backend)
@@ -137,27 +139,27 @@ def _measure(run: Run, denoiser: nn.Module, batches: Batches, loss: Loss) -> tup
     try:
         for number in [*sorted(edges), 0]:
             for batch in batches.update(number).batches:
-                taken_s = _timed(lambda batch=batch: _pass(run, denoiser, batch, loss, learning), run)
+                taken_s = _timed_pass(run, denoiser, batch, loss, learning)
     finally:
         for hook in hooks:
             hook.remove()
     return len(seen), taken_s
 
 
-def _pass(run: Run, denoiser: nn.Module, batch: Any, loss: Loss, learning: list[nn.Parameter]) -> None:
-    """Run a forward and a backward pass, and forget them."""
+def _timed_pass(run: Run, denoiser: nn.Module, batch: Batch, loss: Loss, learning: list[nn.Parameter]) -> float:
+    """Run a forward and a backward pass, forget them, and return the seconds they took on the device."""
+    _wait(run)
+    begun_s = time.perf_counter()
     with run.accelerator.autocast():
         value = loss(denoiser, batch).sum()
     value.backward()
+    _wait(run)
     for parameter in learning:
         parameter.grad = None
-
-
-def _timed(work: Callable[[], None], run: Run) -> float:
-    """Return the seconds that some work takes on the device."""
-    wait = torch.cuda.synchronize if run.accelerator.device.type == "cuda" else (lambda: None)
-    wait()
-    begun_s = time.perf_counter()
-    work()
-    wait()
     return time.perf_counter() - begun_s
+
+
+def _wait(run: Run) -> None:
+    """Wait until the device has done what it was given."""
+    if run.accelerator.device.type == "cuda":
+        torch.cuda.synchronize()

@@ -113,6 +113,8 @@ class Denoiser(nn.Module):
             (B, 4, h, w).
         """
         if not prompt_embeds.is_floating_point():
+            if self.text_encoder is None:
+                raise TypeError("token ids come without a text encoder to read them")
             if distinct is None:
                 prompt_embeds = self.text_encoder(prompt_embeds)[0]
             else:
