@@ -13,6 +13,7 @@ from data_prep.config import AXES, SliceConfig
 from data_prep.cut import Found
 from data_prep.drops import Drops
 from data_prep.manifest import SliceRow
+from data_prep.notices import notices
 from data_prep.plan import Plan
 from data_prep.split import VALIDATION
 
@@ -55,7 +56,7 @@ def entry(plan: Plan, found: Found, drops: Drops, config: SliceConfig) -> dict[s
         "dropped_slices": _dropped_slices(drops),
         "notes": list(info.notes),
         "bad_planes": [z + origin[0] for z in info.bad_planes],
-        "warnings": list(info.warnings),
+        "warnings": notices(plan, config),
     }
 
 

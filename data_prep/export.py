@@ -149,7 +149,7 @@ def _kohya_toml(config: ExportConfig) -> str:
     largest = max(1024, config.resolution) // config.bucket_step * config.bucket_step
     smallest = max(1, min(256, config.resolution // 2) // config.bucket_step) * config.bucket_step
     return f"""# For sd-scripts: --dataset_config dataset.toml. Held-out pictures are not in it; do not add
-# validation_split, which draws at random from neighbouring slices. image_dir moves with the folder.
+# validation_split, which draws at random from neighbouring slices. Change image_dir if this folder moves.
 [general]
 caption_extension = {json.dumps(config.caption_extension)}
 shuffle_caption = false

@@ -11,6 +11,7 @@ from __future__ import annotations
 import shlex
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -19,11 +20,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from configs.errors import UsageError
-from configs.load import Positional, command
+from configs.load import Positional, as_dict, command
 from data_prep import png
 from data_prep.config import AXES, SliceConfig
 from data_prep.intensity import WindowConfig, WindowEstimate
 from data_prep.manifest import check_writable
+from data_prep.notices import notices
 from data_prep.plan import Plan, make_plans, num_workers
 from data_prep.readers import ReadConfig, VolumeInfo, open_volume
 from data_prep.readers.places import place_of
@@ -116,24 +118,46 @@ def main(config: InspectConfig) -> None:
             raise UsageError(f"--output {output}: exists; name another file or pass --overwrite")
         check_writable(output, "--output")
     if config.dry_run:
-        print(_of_file(open_volume(place_of(config.volume), config.read).info))
+        info = open_volume(place_of(config.volume), config.read).info
+        _warn(info.warnings)
+        print(_of_file(info))
         print("dry run: no voxel was read and nothing was written")
         return
     (plan,) = make_plans(config.slicing, DEFAULT)
     info, window = plan.volume.info, plan.volume.window
-    for warning in info.warnings:
-        print(f"warning: {warning}", file=sys.stderr)
-    if info.shape[config.slicing.roles[0]] > min(info.shape):
-        print("warning: the thickness is not the shortest axis; check the three --*_axis options", file=sys.stderr)
+    _warn(notices(plan, config.slicing))
     look = look_at(plan, config.slicing.roles)
     print(_of_file(info))
     print(_of_values(window))
     print(_of_slicing(plan, look, config.slicing))
     draw(plan, look, config.slicing.roles, output)
     print(f"{output}: slices of the three directions, and the histogram with the window. Next:\n")
-    print(
-        f"  python -m data_prep.slice --volumes STATE={shlex.quote(config.volume)} --output_dir data/{plan.volume.name}"
-    )
+    print("  " + next_command(config, plan.volume.name))
+
+
+def next_command(config: InspectConfig, name: str) -> str:
+    """Return the command that slices what was looked at, as it was looked at; the state is left to be named."""
+    slicing = config.slicing
+    plain, default = as_dict(slicing), as_dict(SliceConfig(volumes=slicing.volumes, output_dir=slicing.output_dir))
+    words = ["python -m data_prep.slice --volumes", f"STATE={shlex.quote(config.volume)}"]
+    for flag, value in plain.items():
+        if flag == "split" or value == default[flag]:
+            continue
+        several = [f"{key}={one}" for key, one in value.items()] if isinstance(value, dict) else value
+        if several is True:
+            words.append(f"--{flag}")
+        else:
+            words += [
+                f"--{flag}",
+                *(shlex.quote(str(one)) for one in (several if isinstance(several, list) else [several])),
+            ]
+    return " ".join([*words, f"--output_dir data/{name}"])
+
+
+def _warn(warnings: Sequence[str]) -> None:
+    """Print what is doubtful, a line each."""
+    for warning in warnings:
+        print(f"warning: {warning}", file=sys.stderr)
 
 
 def look_at(plan: Plan, roles: tuple[int, int, int]) -> Look:

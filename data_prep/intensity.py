@@ -34,7 +34,7 @@ class WindowConfig:
     window_percentile: tuple[float, float] = (0.1, 99.9)
     """--window percentile: shares of the voxels, in percent, that become black and white."""
     window_range: tuple[float, float] | None = None
-    """--window range: stored values of black and white."""
+    """--window range: stored values of black and white; swapped where grey levels are turned round (--invert)."""
     window_manifest: Path | None = None
     """--window manifest: dataset folder, or its manifest.json, whose window is taken."""
     window_scope: Literal["volume", "campaign"] = "volume"
@@ -55,6 +55,10 @@ class WindowConfig:
             raise ValueError(f"--window {self.window}: --window_range goes with --window range, which needs it")
         if (self.window == "manifest") != (self.window_manifest is not None):
             raise ValueError(f"--window {self.window}: --window_manifest goes with --window manifest, which needs it")
+        if self.window == "manifest" and self.invert != "auto":
+            raise ValueError(f"--invert {self.invert}: --window manifest takes a window as it is, with its direction")
+        if self.window == "manifest" and self.fill:
+            raise ValueError(f"--fill {self.fill}: --window manifest takes a window as it is, with its fill")
         if self.window_range is not None:
             low, high = self.window_range
             if not (math.isfinite(low) and math.isfinite(high)) or low == high:

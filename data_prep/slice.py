@@ -27,6 +27,7 @@ from data_prep.config import SliceConfig
 from data_prep.cut import Found, joined, tasks_of
 from data_prep.drops import drops_of, total
 from data_prep.manifest import SliceRow
+from data_prep.notices import notices
 from data_prep.plan import Plan, make_plans, num_workers
 from data_prep.report import REPORT_NAME, render
 from data_prep.split import TRAIN
@@ -40,7 +41,6 @@ _LOCAL_OPTIONS = {
     "caption_tokenizer", "window_manifest",
 }  # fmt: skip
 _GB = 10**9
-_CLIPPED = 0.1  # share of the voxels outside the window that nobody asks for
 _LISTED_CAPTIONS = 20
 
 
@@ -229,8 +229,9 @@ def _plan_text(plans: Sequence[Plan]) -> str:
                 f"guard of {one.guard[1] - one.guard[0]}, "
                 f"held out {one.validation[0] + at} to {one.validation[1] + at}"
             )
-    num_pictures = sum(len(plan.all_pictures) for plan in plans)
-    return "\n".join([*lines, f"{num_pictures} pictures, {_num_bytes(plans) / _GB:.2f} GB before compression"])
+    num_pictures, num_bytes = sum(len(plan.all_pictures) for plan in plans), _num_bytes(plans)
+    size = f"{num_bytes / _GB:.2f} GB" if num_bytes >= _GB else f"{num_bytes / 1e6:.1f} MB"
+    return "\n".join([*lines, f"{num_pictures} pictures, {size} before compression"])
 
 
 def _counts_text(entries: Sequence[Mapping[str, Any]], rows: Mapping[str, Sequence[SliceRow]]) -> str:
@@ -255,29 +256,7 @@ def _counts_text(entries: Sequence[Mapping[str, Any]], rows: Mapping[str, Sequen
 
 def _warnings(plans: Sequence[Plan], config: SliceConfig) -> list[str]:
     """Return what a user should know before the slices are used, a line each."""
-    found = []
-    for plan in plans:
-        volume, shape = plan.volume, plan.volume.info.shape
-        found += [f"{volume.name}: {warning}" for warning in volume.info.warnings]
-        if shape[config.roles[0]] > min(shape):
-            found.append(
-                f"{volume.name}: --thickness_axis {config.thickness_axis} is {shape[config.roles[0]]} voxels long and "
-                "not the shortest axis; check the three --*_axis options"
-            )
-        padded = Counter(picture.row.axis for picture in plan.all_pictures if picture.cut.is_padded)
-        found += [
-            f"{volume.name}: {count} {axis} tiles are larger than their slice and padded by reflection"
-            for axis, count in padded.items()
-        ]
-        window = volume.window
-        if window.non_finite > 0:
-            grey = "black" if window.window.fill == 0 else f"grey level {window.window.fill}"
-            found.append(f"{volume.name}: {window.non_finite:.1%} of the voxels are not finite and become {grey}")
-        if window.clipped_low + window.clipped_high > _CLIPPED:
-            found.append(
-                f"{volume.name}: {window.clipped_low:.1%} of the voxels lie below the window and "
-                f"{window.clipped_high:.1%} above it; check --window"
-            )
+    found = [f"{plan.volume.name}: {notice}" for plan in plans for notice in notices(plan, config)]
     if config.split == "index" and len(config.slice_axes) > 1:
         found.append(
             "--split index: slices of different directions cross, so held-out slices share lines of voxels with those "

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import shlex
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +13,8 @@ from PIL import Image
 
 from configs.errors import UsageError
 from configs.load import load
-from data_prep.inspect_volume import InspectConfig, look_at, main
+from data_prep.config import SliceConfig
+from data_prep.inspect_volume import InspectConfig, look_at, main, next_command
 from data_prep.plan import make_plans
 from data_prep.slice import main as slice_main
 from prompts.vocabulary import DEFAULT
@@ -91,6 +94,24 @@ def test_a_dry_run_reads_headers_alone(volume: Path, capsys: pytest.CaptureFixtu
     main(config(volume, "--dry_run"))
     assert "12x40x60 uint16" in capsys.readouterr().out
     assert [path.name for path in volume.parent.iterdir()] == [volume.name]
+
+
+def test_a_dry_run_warns_of_what_the_headers_say(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    tifffile.imwrite(tmp_path / "scan.tif", VOLUME, photometric="minisblack", metadata={"axes": "TYX"})
+    main(config(tmp_path / "scan.tif", "--dry_run"))
+    assert "warning: the file calls its 12 planes time steps" in capsys.readouterr().err
+
+
+def test_the_next_command_slices_what_was_looked_at(tmp_path: Path) -> None:
+    path = tmp_path / "my scan.raw"
+    path.write_bytes(VOLUME.tobytes())
+    flags = ["--raw_shape", "12", "40", "60", "--raw_dtype", "uint16", "--window", "minmax", "--warp_axis", "x"]
+    looked = config(path, *flags, "--weft_axis", "y", "--select", "c=0", "--allow_truncated", "--stride", "2")
+    words = shlex.split(next_command(looked, "my-scan").replace("STATE=", "dry="))
+    assert words[:3] == ["python", "-m", "data_prep.slice"]
+    slicing = load(SliceConfig, words[3:])
+    assert dataclasses.replace(slicing, output_dir=looked.slicing.output_dir, split="none") == looked.slicing
+    assert "--split" not in words
 
 
 def test_a_picture_is_not_replaced_unasked(volume: Path) -> None:

@@ -243,6 +243,8 @@ def test_a_dataset_of_several_windows_gives_that_of_the_name_or_the_state(tmp_pa
         ({"window_range": (1, 2)}, "--window_range goes with"),
         ({"window": "range", "window_range": (1, 1)}, "two different finite"),
         ({"window": "manifest"}, "--window_manifest goes with"),
+        ({"window": "manifest", "window_manifest": Path("a"), "invert": "yes"}, "--invert yes: --window manifest"),
+        ({"window": "manifest", "window_manifest": Path("a"), "fill": 9}, "--fill 9: --window manifest"),
         ({"window": "range", "window_range": (1, 2), "window_scope": "campaign"}, "same for all volumes already"),
         ({"padding": "some"}, "--padding some"),
         ({"padding": "nan"}, "--padding nan"),

@@ -253,8 +253,24 @@ def test_p13_low_values_are_white(tmp_path: Path, capsys: pytest.CaptureFixture[
     path = write(tmp_path / "dry.tif", photometric="miniswhite")
     window = sliced(path)["window"]
     assert window["low"] > window["high"]
-    assert sum("low values are white" in line for line in warnings_of(capsys)) == 1
-    assert sliced(path, "--invert", "no", "--overwrite")["window"]["low"] == window["high"]
+    assert sum("low values are white; grey levels are turned round" in line for line in warnings_of(capsys)) == 1
+    kept = sliced(path, "--invert", "no", "--overwrite")
+    assert kept["window"]["low"] == window["high"]
+    assert any("low values are white; they stay black (--invert no)" in line for line in warnings_of(capsys))
+    assert len(kept["warnings"]) == 1
+
+
+def test_p13_a_window_of_the_other_direction_is_noticed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name in ("black", "white"):
+        (tmp_path / name).mkdir()
+        sliced(write(tmp_path / name / "dry.tif", photometric=f"minis{name}"))
+        (tmp_path / name / "out").rename(tmp_path / name / "earlier")
+    capsys.readouterr()
+    earlier = ["--window", "manifest", "--window_manifest"]
+    sliced(tmp_path / "black" / "dry.tif", *earlier, str(tmp_path / "white" / "earlier"))
+    assert any("--window_manifest turns grey levels round" in line for line in warnings_of(capsys))
+    sliced(tmp_path / "white" / "dry.tif", *earlier, str(tmp_path / "black" / "earlier"))
+    assert any("they stay black (--window manifest)" in line for line in warnings_of(capsys))
 
 
 def test_p14_colour_pictures(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -454,6 +470,22 @@ def test_p24_voxels_that_are_not_cubes(tmp_path: Path, capsys: pytest.CaptureFix
     rows = read_rows(tmp_path / "out" / "train")
     assert {row.um_per_px for row in rows} == {(1, 1)}
     assert {(row.height, row.width) for row in rows if row.axis == "warp"} == {(12, 24)}
+
+
+@pytest.mark.parametrize("said_by", ["header", "flag"])
+def test_p24_voxels_that_are_not_cubes_whoever_says_so(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], said_by: str
+) -> None:
+    (tmp_path / "dry.raw").write_bytes(VOLUME.tobytes())
+    spacing = "ElementSpacing = 0.001 0.001 0.002\n" if said_by == "header" else ""
+    header = f"DimSize = 24 20 6\nElementType = MET_USHORT\n{spacing}ElementDataFile = dry.raw\n"
+    (tmp_path / "dry.mhd").write_text(header, encoding="utf-8")
+    typed = [] if said_by == "header" else ["--voxel_size_um", "2", "1", "1"]
+    entry = sliced(tmp_path / "dry.mhd", *typed)
+    assert any("voxels are not cubes, 2 x 1 x 1 um (z y x)" in line for line in warnings_of(capsys))
+    assert "not cubes" in entry["warnings"][0]
+    sliced(tmp_path / "dry.mhd", "--voxel_size_um", "1", "--overwrite")
+    assert not warnings_of(capsys)
 
 
 def test_p25_rings_are_left_in_and_documented(tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from configs.errors import InputError
 from data_prep.readers import ReadConfig, VolumeInfo, without
-from data_prep.readers.places import Place, one_line, open_place, read_into, size_of
+from data_prep.readers.places import Place, UnreachableError, one_line, open_place, read_into, size_of
 from data_prep.readers.tiff_metadata import Axes, axes_of, voxel_um_of
 from data_prep.readers.tiff_pages import (
     Page,
@@ -33,8 +33,6 @@ from data_prep.readers.tiff_pages import (
     tiff_of,
 )
 
-# How far an edge may differ from another before a picture would look stretched.
-_ISOTROPIC_WITHIN = 0.01
 # Planes whose colours are compared before a volume of grey colour pictures is believed.
 _COLOUR_SAMPLES = 16
 # Memory for planes that share three-dimensional tiles.
@@ -94,6 +92,8 @@ class TiffVolume:
             if page.compression == tifffile.COMPRESSION.LZW:
                 check_lzw(page)
             plane = page.asarray(maxworkers=1)
+        except UnreachableError:
+            raise
         # Each codec raises errors of its own kind; whichever it is, the plane is lost.
         except Exception as error:
             raise InputError(
@@ -213,8 +213,6 @@ def _describe(
         raise InputError(
             f"{path}: is truncated: {stack.num_planes} planes are declared and {len(stack.pages)} pages are there"
         )
-    if kind.photometric == tifffile.PHOTOMETRIC.MINISWHITE:
-        warnings.append("the file says that low values are white; grey levels are turned round")
     if kind.dtype.kind == "b":
         warnings.append("one bit per voxel looks like a mask, not a scan")
     if kind.orientation != 1:
@@ -225,8 +223,8 @@ def _describe(
     if voxel_um is not None and config.level:
         z, y, x = voxel_um
         voxel_um = (z, y * pages[0].kind.rows / rows, x * pages[0].kind.columns / columns)
-    if voxel_um is not None and max(voxel_um) > min(voxel_um) * (1 + _ISOTROPIC_WITHIN):
-        warnings.append(f"voxels are not cubes, {' x '.join(f'{edge:g}' for edge in voxel_um)} um (z y x)")
+    if kind.photometric == tifffile.PHOTOMETRIC.MINISWHITE:
+        notes.append("low values are white (MinIsWhite)")
     if tif.byteorder == ">":
         notes.append("big-endian")
     if kind.bits % 8 and kind.bits > 1:
@@ -490,6 +488,8 @@ def _without_bad_planes(volume: TiffVolume) -> TiffVolume:
     for z in range(volume.info.shape[0]):
         try:
             list(volume.planes([z]))
+        except UnreachableError:
+            raise
         except InputError:
             bad.append(z)
     return dataclasses.replace(volume, info=without(volume.info, bad))

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from configs.errors import InputError
 from data_prep.readers import ReadConfig, VolumeInfo, without
-from data_prep.readers.places import Place, inside, one_line, open_place, read_into
+from data_prep.readers.places import Place, UnreachableError, inside, one_line, open_place, read_into
 from data_prep.readers.tiff_pages import Page, check_lzw, check_values, log_records, native, open_page
 
 _SUFFIXES = (".tif", ".tiff")
@@ -57,6 +57,8 @@ class TiffFolder:
                     if tif.pages.first.compression == tifffile.COMPRESSION.LZW:
                         check_lzw(tif.pages.first)
                     plane = tif.pages.first.asarray(maxworkers=1)
+            except UnreachableError:
+                raise
             # Each codec raises errors of its own kind; whichever it is, the plane is lost.
             except Exception as error:
                 raise InputError(
@@ -86,6 +88,8 @@ def open_tiff_folder(folder: Place, names: Sequence[str], config: ReadConfig) ->
     for z, path in enumerate(files):
         try:
             page, size = open_page(path)
+        except UnreachableError:
+            raise
         except InputError as error:
             if not config.skip_bad_planes:
                 raise InputError(f"{error} (slice {z + 1} of {len(files)})") from None
@@ -103,7 +107,6 @@ def open_tiff_folder(folder: Place, names: Sequence[str], config: ReadConfig) ->
         raise InputError(f"{files[0]}: holds a colour picture or a volume; save the slices as single grey pages")
     check_values(files[0], kind.dtype, kind.photometric, kind.samples)
     is_inverted = kind.photometric == tifffile.PHOTOMETRIC.MINISWHITE
-    said = "the files say that low values are white; grey levels are turned round"
     compressed = {page.compression for page in pages if page is not None} - {"none"}
     info = VolumeInfo(
         path=folder,
@@ -113,8 +116,7 @@ def open_tiff_folder(folder: Place, names: Sequence[str], config: ReadConfig) ->
         num_bytes=num_bytes,
         files=files,
         is_inverted=is_inverted,
-        warnings=(said,) if is_inverted else (),
-        notes=(f"first file {names[0]}, last {names[-1]}",),
+        notes=(f"first file {names[0]}, last {names[-1]}", *["low values are white (MinIsWhite)"] * is_inverted),
         bad_planes=tuple(bad),
     )
     starts = tuple(-1 if page is None or page.start is None else page.start for page in pages)
@@ -178,6 +180,8 @@ def _without_bad_planes(volume: TiffFolder) -> TiffFolder:
         if z not in bad and volume.starts[z] < 0:
             try:
                 list(volume.planes([z]))
+            except UnreachableError:
+                raise
             except InputError:
                 bad.append(z)
     return dataclasses.replace(volume, info=without(volume.info, bad))
