@@ -120,6 +120,68 @@ def server(tmp_path: Path) -> Iterator[str]:
         web.shutdown()
 
 
+def test_a_package_that_is_missing_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing(*_: object) -> None:
+        raise ImportError("HTTPFileSystem requires aiohttp")
+
+    monkeypatch.setattr(fsspec.core, "url_to_fs", missing)
+    with pytest.raises(InputError, match=r"requires aiohttp\); for http and s3: pip install 'tisserand\[remote\]'"):
+        open_volume(place_of("http://127.0.0.1/scan.tif"))
+
+
+class Interrupted:
+    """A file whose connection ends at a byte, as fsspec hands it out."""
+
+    def __init__(self, file: Any, error: Exception, end: int) -> None:
+        self.file, self.error, self.end = file, error, end
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.file, name)
+
+    def read(self, size: int = -1) -> bytes:
+        if self.file.tell() + size > self.end:
+            raise self.error
+        return self.file.read(size)  # type: ignore[no-any-return]  # a file
+
+
+@pytest.mark.parametrize("flags", [{}, {"skip_bad_planes": True}])
+@pytest.mark.parametrize("options", [{}, {"compression": "deflate"}])
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (ConnectionError("connection reset"), r"cannot be read \(connection reset\); try again, or download it first"),
+        (ValueError("server doesn't appear to support range requests"), "sends whole files only; download it first"),
+    ],
+)
+def test_a_connection_that_ends_is_one_line_and_no_bad_plane(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    error: Exception,
+    message: str,
+    options: dict[str, Any],
+    flags: dict[str, Any],
+) -> None:
+    with tifffile.TiffWriter(tmp_path / "scan.tif") as file:
+        for plane in VOLUME:
+            file.write(plane, photometric="minisblack", contiguous=False, **options)
+    upload(tmp_path, "cut")
+    files = type(fsspec.filesystem("memory"))
+    opened = files.open
+    with tifffile.TiffFile(tmp_path / "scan.tif") as tif:
+        last = max(tif.pages[-1].dataoffsets)
+    monkeypatch.setattr(files, "open", lambda *args: Interrupted(opened(*args), error, last + 1))
+    with pytest.raises(InputError, match=message) as caught:
+        planes_of(place_of("memory://cut/scan.tif"), **flags)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_page_of_the_web_is_called_one(tmp_path: Path) -> None:
+    (tmp_path / "scan").write_text("<!DOCTYPE HTML>\n<html><title>Directory listing</title></html>")
+    upload(tmp_path, "page")
+    with pytest.raises(InputError, match="is a web page, not a volume; name a file"):
+        open_volume(place_of("memory://page/scan"))
+
+
 def test_a_tiff_on_a_web_server_reads_as_here(tmp_path: Path, server: str) -> None:
     pytest.importorskip("aiohttp")
     tifffile.imwrite(tmp_path / "scan.tif", VOLUME, photometric="minisblack", compression="deflate")

@@ -200,6 +200,8 @@ def _what_else(head: bytes) -> tuple[str, str]:
     """Say what a file that no reader takes is, and what to do."""
     if not head:
         return "is empty", _TO_TIFF
+    if head.lstrip().lower().startswith((b"<!doctype html", b"<html")):
+        return "is a web page, not a volume", "name a file; a web server lists no folders"
     if head[344:348] in (b"n+1\0", b"ni1\0"):
         return "is a NIfTI volume, not a TIFF volume", _TO_TIFF
     if head[128:132] == b"DICM":

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import io
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import Any, BinaryIO, TypeAlias
+from typing import Any, BinaryIO, TypeAlias, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -43,12 +44,56 @@ class Url:
 
         try:
             return fsspec.core.url_to_fs(self.text)
+        except ImportError as error:
+            raise InputError(
+                f"{self}: cannot be opened ({one_line(error)}); for http and s3: pip install 'tisserand[remote]'"
+            ) from error
         # Each file system raises errors of its own kind; whichever it is, nothing can be read.
         except Exception as error:
             raise InputError(f"{self}: cannot be opened ({one_line(error)})") from error
 
 
 Place: TypeAlias = Path | Url
+
+
+class UnreachableError(InputError):
+    """What lies elsewhere could not be read, which says nothing about what is in it."""
+
+
+class _Elsewhere(io.RawIOBase):
+    """An open file elsewhere, whose errors are of one kind whatever the file system."""
+
+    def __init__(self, url: Url, file: Any) -> None:
+        self._url, self._file = url, file
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = 0) -> int:
+        return int(self._file.seek(offset, whence))
+
+    def tell(self) -> int:
+        return int(self._file.tell())
+
+    def readinto(self, buffer: Any) -> int:
+        try:
+            data = self._file.read(len(buffer))
+        # As above: of any kind.
+        except Exception as error:
+            if "range requests" in str(error) or "more bytes" in str(error):
+                raise UnreachableError(f"{self._url}: its server sends whole files only; download it first") from error
+            raise UnreachableError(
+                f"{self._url}: cannot be read ({one_line(error)}); try again, or download it first"
+            ) from error
+        buffer[: len(data)] = data
+        return len(data)
+
+    def close(self) -> None:
+        self._file.close()
+        super().close()
 
 
 def place_of(text: str) -> Place:
@@ -66,7 +111,7 @@ def open_place(place: Place) -> BinaryIO:
         if isinstance(place, Path):
             return place.open("rb", buffering=0)
         files, path = place.resolved()
-        return files.open(path, "rb")
+        return cast(BinaryIO, _Elsewhere(place, files.open(path, "rb")))
     except InputError:
         raise
     except FileNotFoundError:
@@ -74,7 +119,8 @@ def open_place(place: Place) -> BinaryIO:
     except IsADirectoryError:
         raise InputError(f"{place}: is a folder") from None
     except Exception as error:
-        raise InputError(f"{place}: cannot be read ({getattr(error, 'strerror', None) or one_line(error)})") from None
+        kind = UnreachableError if isinstance(place, Url) else InputError
+        raise kind(f"{place}: cannot be read ({getattr(error, 'strerror', None) or one_line(error)})") from None
 
 
 def read_into(file: BinaryIO, offset: int, array: NDArray[Any]) -> int:
@@ -98,8 +144,10 @@ def size_of(place: Place) -> int:
     files, path = place.resolved()
     try:
         size = files.size(path)
+    except FileNotFoundError:
+        raise InputError(f"{place}: there is no such file") from None
     except Exception as error:
-        raise InputError(f"{place}: cannot be read ({one_line(error)})") from None
+        raise UnreachableError(f"{place}: cannot be read ({one_line(error)})") from None
     if size is None:
         raise InputError(f"{place}: the server does not say how large the file is; download it first")
     return int(size)
