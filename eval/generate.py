@@ -98,10 +98,11 @@ def main(config: GenerateConfig) -> None:
     from eval.provenance import base_mismatch, captions_of, dataset_of, pipeline_provenance, size_of
     from eval.sampling import contact_sheet, load_tuned, require_light, sample
     from eval.shares import join_team
-    from finetune.core.models import model_hash
+    from finetune.core.models import fold_adapters, model_hash
 
     team = join_team()
     tuned = load_tuned(config.pretrained_model_name_or_path, config.adapter, config.adapter_scale)
+    fold_adapters(tuned.models)
     notes = []
     base = {"name": config.pretrained_model_name_or_path, "hash": model_hash(config.pretrained_model_name_or_path)}
     if other := base_mismatch(tuned.provenances, base["hash"]):

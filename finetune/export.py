@@ -186,16 +186,14 @@ def merge(config: ExportConfig) -> None:
     from data_prep.manifest import publish
     from eval.provenance import captions_of, shapes_of, size_of
     from eval.sampling import put_on
-    from finetune.core.models import as_pipeline, load_models, model_provenance
+    from finetune.core.models import fold_adapters, load_models, model_provenance
     from finetune.core.weights import PIPELINE_FILE, save_pipeline
 
     target, base = Path(str(config.output_dir)), str(config.pretrained_model_name_or_path)
     with publish(target, overwrite=config.overwrite, mark=PIPELINE_FILE) as folder:
         models = load_models(base)
         tuned = put_on(models, config.adapter, config.adapter_scale)
-        pipeline = as_pipeline(models)
-        pipeline.fuse_lora()
-        pipeline.unload_lora_weights()
+        fold_adapters(models)
         height, width = size_of(tuned.provenances) or (models.size_px, models.size_px)
         provenance = {
             "method": "merged",

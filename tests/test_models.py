@@ -16,6 +16,7 @@ from finetune.core.models import (
     LORA_FILE,
     Models,
     encode_prompts,
+    fold_adapters,
     load_adapter,
     load_models,
     model_hash,
@@ -137,6 +138,25 @@ def test_two_adapters_add_up(toy_sd: Path, tmp_path: Path) -> None:
     load_adapter(twice, folder / LORA_FILE, scale=0.75)
     # The same sum in another order.
     torch.testing.assert_close(predict(twice), predict(models), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("targets", ["attention", "attention+resnet"])
+def test_a_folded_adapter_predicts_the_same_without_a_layer_of_its_own(
+    toy_sd: Path, tmp_path: Path, targets: str
+) -> None:
+    models = load_models(str(toy_sd))
+    load_adapter(models, write_adapter(toy_sd, tmp_path / "run", targets=targets), scale=0.7)
+    beside = predict(models)
+    fold_adapters(models)
+    torch.testing.assert_close(predict(models), beside, atol=1e-5, rtol=1e-5)
+    assert not [name for name, _ in models.unet.named_parameters() if "lora" in name]
+
+
+def test_folding_without_an_adapter_changes_nothing(toy_sd: Path) -> None:
+    models = load_models(str(toy_sd))
+    before = predict(models)
+    fold_adapters(models)
+    assert torch.equal(predict(models), before)
 
 
 def test_a_loaded_adapter_is_frozen(toy_sd: Path, tmp_path: Path) -> None:
