@@ -90,6 +90,16 @@ def test_what_learns_is_float32_on_a_bfloat16_model(toy_sd: Path) -> None:
     assert {parameter.dtype for parameter in learns.parameters.values()} == {torch.float32}
 
 
+def test_a_gradient_that_is_not_finite_at_any_scale_ends_the_run(make_parts: Callable[..., Parts]) -> None:
+    """A scaler, which fp16 has on a GPU, leaves such updates out one after another, and would do so for ever."""
+    parts = make_parts(max_train_steps=9)
+    run, _, learns, _, _ = parts
+    run.accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**-11)
+    next(iter(learns.parameters.values())).register_hook(lambda gradient: gradient * math.nan)
+    with pytest.raises(TisserandError, match="step 4: the gradient is not finite at any scale"):
+        list(steps(parts))
+
+
 @pytest.mark.parametrize(("limit", "is_clipped"), [(1e-3, True), (1e6, False)])
 def test_gradients_are_clipped_in_length_and_not_in_direction(
     make_parts: Callable[..., Parts], limit: float, is_clipped: bool

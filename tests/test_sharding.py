@@ -12,6 +12,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from safetensors.torch import load_file
+from test_methods import PRIOR, run_recipe, words_of
 from test_processes import ROOT, rows, words
 
 from configs.errors import UsageError
@@ -156,6 +157,19 @@ def test_split_adapters_learn_as_those_that_are_not(
     largest = {"no": 1e-5, "bf16": 2e-3}[precision]
     losses = [[row["loss"] for row in rows(tmp_path / name)] for name in ("split", "whole")]
     assert losses[0] == pytest.approx(losses[1], rel=largest)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("recipe", ["dreambooth", "lora_dreambooth"])
+def test_a_subject_and_its_class_are_learned_split_as_whole(
+    recipe: str, toy_sd: Path, captioned_images: Path, tmp_path: Path
+) -> None:
+    line = words_of(recipe, toy_sd, captioned_images, tmp_path) + PRIOR.format(root=tmp_path).split()
+    line += ["--train_text_encoder", "--use_ema", "--learning_rate", "1e-3"]
+    halves = ["--train_batch_size", "1", "--gradient_accumulation_steps", "2"]
+    launch(ROOT / "finetune" / f"{recipe}.py", *line, *halves)
+    run_recipe(recipe, [*line, "--output_dir", str(tmp_path / "one")])
+    assert max(differences(tmp_path / "run", tmp_path / "one").values()) < 1e-5
 
 
 def settings(**options: object) -> dict[str, object]:

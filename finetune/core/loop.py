@@ -33,6 +33,10 @@ if TYPE_CHECKING:
     from finetune.core.averages import Averages
 
 
+SMALLEST_SCALE = 1e-4
+"""Below it a gradient scaler has given up; the limit of fairseq's ``--min-loss-scale``."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Step:
     """One optimizer update, just done.
@@ -211,7 +215,8 @@ def _rest(learns: Learns, shares: list[float]) -> None:
 def _check_finite(window: _Window, batches: Batches, accelerator: Any) -> None:
     """Stop at the first loss or gradient since the last look that is not finite.
 
-    With a gradient scaler (fp16) a gradient may overflow: the scaler then leaves the update out and lowers its scale.
+    With a gradient scaler (fp16) a gradient may overflow: the scaler then leaves the update out and lowers its scale,
+    which has its end.
     """
     if not window.losses:
         return
@@ -222,6 +227,11 @@ def _check_finite(window: _Window, batches: Batches, accelerator: Any) -> None:
     if accelerator.num_processes > 1:  # all must stop together, whichever of them holds the image
         bad = accelerator.reduce(bad, reduction="sum")
     if not bool(bad.any()):
+        if accelerator.scaler is not None and accelerator.scaler.get_scale() < SMALLEST_SCALE:
+            raise TisserandError(
+                f"step {window.per_image[-1][0]}: the gradient is not finite at any scale; no weights were written; "
+                "lower --learning_rate, or use --mixed_precision bf16 or no"
+            )
         window.per_image.clear()
         return
     place = int(bad.nonzero()[0])
@@ -241,6 +251,8 @@ def _metrics(number: int, window: _Window, batches: Batches, optimizer: Any, acc
     """Return a line of metrics.jsonl: means since the line before."""
     losses = torch.stack(window.losses).double().mean()
     loss = accelerator.reduce(losses, reduction="mean")
+    norms = torch.stack(window.norms).double()
+    norms = norms[norms.isfinite()]  # with a gradient scaler others are those of updates that were left out
     passed_s = time.perf_counter() - window.started_s
     return {
         "step": number,
@@ -248,7 +260,7 @@ def _metrics(number: int, window: _Window, batches: Batches, optimizer: Any, acc
         "loss": float(loss),
         # Of the first group that learns: others may rest.
         "learning_rate": next((group["lr"] for group in optimizer.param_groups if group["lr"]), 0.0),
-        "grad_norm": float(torch.stack(window.norms).double().mean()),
+        "grad_norm": float(norms.mean()) if len(norms) else None,
         "images_per_s": round(window.images / passed_s, 3),
     }
 
