@@ -171,11 +171,8 @@ def copies(config: MeasurementsConfig) -> dict[str, Any]:
     generate = [*module, "eval.generate", *model, *SAMPLER]
     nine = ["--adapter", str(over), "--prompts", *NINE, "--num_images", "24", *seed]
     _make(out / "over9_slices", [*generate, *nine, "--output_dir", str(out / "over9_slices")])
-    grid = ["--grid", str(demo / "slices" / "grid.json")]
-    _make(
-        out / "lora300_slices",
-        [*generate, "--adapter", str(short), *grid, "--output_dir", str(out / "lora300_slices")],
-    )
+    asked = ["--adapter", str(short), "--prompts", *all_captions(), "--num_images", str(PICTURES), *seed]
+    _make(out / "lora300_slices", [*generate, *asked, "--output_dir", str(out / "lora300_slices")])
     found: dict[str, Any] = {}
     for name, made, adapter, more in (
         ("the demo, 1,200 steps on all slices", demo / "slices", demo / "lora", []),
@@ -376,6 +373,7 @@ def _open(report: Path) -> dict[str, Any]:
         raise TisserandError("page: no chromium found; install it, for instance with: apt-get install chromium")
     flags = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync"]
     flags += ["--disable-background-networking", "--disable-component-update"]
+    flags += ["--disable-features=OptimizationHints,OptimizationHintsFetching,OptimizationGuideModelDownloading"]
     text = report.read_text(encoding="utf-8")
     # The page's own policy lets no other script run, so the clock goes into a copy without it.
     clock = "<script>onload = () => setTimeout(() => document.title = performance.timing.loadEventEnd - "
