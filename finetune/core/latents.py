@@ -233,7 +233,7 @@ def _stored_shape(files: Mapping[str, Path]) -> tuple[int, ...]:
 @lru_cache(maxsize=1024)
 def _reader(path: Path, written: int) -> Any:
     """Return an open file of the cache, as it was written then: its header is read once, its tensors when asked for."""
-    return safe_open(path, framework="pt").__enter__()
+    return safe_open(path, framework="pt").__enter__()  # type: ignore[no-untyped-call]
 
 
 def _write_shard(folder: Path, shard: dict[str, Tensor]) -> Path:
