@@ -481,7 +481,7 @@ def table(rows: Sequence[Row]) -> list[str]:
         return "" if value is None else f"{value:{form}}"
 
     columns = ("method", "steps", "seconds", "weights that learn", "MB", "state", "axis")
-    columns += ("worst probe keeps", "class prompt keeps", "probes moved")
+    columns += ("worst probe keeps", "class prompt moved", "probes moved")
     lines = [f"| {' | '.join(columns)} |", f"|---|{'---:|' * (len(columns) - 1)}"]
     for row in rows:
         numbers = (
@@ -489,7 +489,7 @@ def table(rows: Sequence[Row]) -> list[str]:
             if row.steps
             else [""] * 4
         )
-        drift = (cell(row.kept, ".2f"), cell(row.class_kept, ".2f"), cell(row.probes_moved, ".4f"))
+        drift = (cell(row.kept, ".2f"), cell(row.class_moved, ".4f"), cell(row.probes_moved, ".4f"))
         lines.append(f"| {' | '.join([row.title, *numbers, f'{row.state:.2f}', f'{row.axis:.2f}', *drift])} |")
     return lines
 

@@ -368,7 +368,8 @@ def test_only_what_learns_is_in_training_mode(go: Go, loaded: list[Models], reci
 
     def look(module: torch.nn.Module, _: object) -> None:
         if isinstance(module, Denoiser):
-            seen.append((module.unet.training, module.text_encoder.training))
+            text = module.text_encoder  # not there where it is frozen
+            seen.append((module.unet.training, text is not None and text.training))
 
     handle = torch.nn.modules.module.register_module_forward_pre_hook(look)
     try:
