@@ -53,10 +53,10 @@ def quick_backend(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 PREVIEW = ("--validation_prompt", "ab", "--num_validation_images", "1", "--validation_steps", "3")
 
 
-@pytest.mark.parametrize("recipe", ["lora", "full"])
+@pytest.mark.parametrize("recipe", ["lora", pytest.param("full", marks=pytest.mark.slow)])
 def test_a_compiled_run_learns_the_same_under_the_same_names(go: Go, quick_backend: list[int], recipe: str) -> None:
-    """Adam divides by the length of small gradients, which rounding turns round: 2e-3 of a rate of 1e-2 in 4 steps."""
-    words = ("--max_train_steps", "4", "--gradient_checkpointing")
+    """Adam divides by the length of small gradients, which rounding turns round: 2e-3 of a rate of 1e-2 in 2 steps."""
+    words = ("--max_train_steps", "2", "--gradient_checkpointing")
     plain = go(recipe, *words, folder="plain")
     compiled = go(recipe, *words, *PREVIEW, "--compile", "yes", folder="compiled")
     assert quick_backend
@@ -72,6 +72,7 @@ def test_a_compiled_run_learns_the_same_under_the_same_names(go: Go, quick_backe
                 torch.testing.assert_close(one[name], value, atol=2e-3, rtol=0)
 
 
+@pytest.mark.slow
 def test_looks_compile_nothing_and_no_batch_is_compiled_twice(go: Go, quick_backend: list[int]) -> None:
     """Ten pictures in fours make two shapes; previews have a third."""
     blocks = 4  # the toy's ResNet and transformer blocks that differ at all are fewer than its nine
@@ -84,6 +85,7 @@ def test_looks_compile_nothing_and_no_batch_is_compiled_twice(go: Go, quick_back
     assert len(quick_backend) == first
 
 
+@pytest.mark.slow
 def test_a_compiled_run_goes_on_to_the_same_bits(go: Go, quick_backend: list[int]) -> None:
     whole = go("lora", "--compile", "yes", folder="whole")
     cut = go("lora", "--compile", "yes", "--max_train_steps", 4, folder="cut")
@@ -100,6 +102,7 @@ def test_auto_says_no_on_a_cpu_and_why(go: Go, capsys: pytest.CaptureFixture[str
     assert json.loads((folder / "environment.json").read_text())["compiled"] is False
 
 
+@pytest.mark.slow
 def test_auto_goes_on_as_the_run_began(go: Go, quick_backend: list[int], capsys: pytest.CaptureFixture[str]) -> None:
     """As if it had begun where it pays: the steps that are left may be too few to say so again."""
     folder = go("lora", "--compile", "auto", "--max_train_steps", 4)

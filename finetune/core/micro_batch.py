@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import dataclasses
 import gc
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
+from functools import partial
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from accelerate.utils import gather_object
@@ -22,6 +24,8 @@ if TYPE_CHECKING:
     from finetune.core.objective import Loss
     from finetune.core.run import Run
     from finetune.core.trainable import Learns
+
+T = TypeVar("T")
 
 _USABLE = 0.9
 """Share of the free memory that is planned with: an allocator loses some in gaps, a kernel takes room to work."""
@@ -66,21 +70,16 @@ def _largest(
         round(sum(len(one.names) for one in update.batches) * run.accelerator.num_processes / update.num_images)
         for update in updates
     )
-    one, two = (estimate(denoiser, parameters, loss, _rows(batch, count), run.train) for count in (1, 2))
-    fixed, each = one.gradients + one.optimizer, max(0, two.activations - one.activations)
+    one = estimate(denoiser, parameters, loss, _rows(batch, 1), run.train)
+    two = _tried(partial(estimate, denoiser, parameters, loss, _rows(batch, 2), run.train), parameters)
     usable = int(_USABLE * free_here(run.accelerator.device)[0])
+    fixed, each = one.gradients + one.optimizer, max(0, two.activations - one.activations) if two else usable
     for size in (number for number in range(share, 1, -1) if share % number == 0):
         if fixed + one.activations + each * (size * rows - 1) > usable:
             continue
-        try:
-            held = max(peaks(denoiser, parameters, loss, _rows(batch, size * rows)))
-        except RuntimeError as error:
-            if not is_out_of_memory(error):
-                raise
-            _forget(parameters)
-            continue
-        if one.optimizer + max(held, one.gradients) <= usable:
-            return size, one.optimizer + held, usable
+        held = _tried(partial(peaks, denoiser, parameters, loss, _rows(batch, size * rows)), parameters)
+        if held and one.optimizer + max(*held, one.gradients) <= usable:
+            return size, one.optimizer + max(held), usable
     return 1, fixed + one.activations + each * (rows - 1), usable
 
 
@@ -97,10 +96,16 @@ def _rows(batch: Batch, count: int) -> Batch:
     return dataclasses.replace(batch, **chosen)
 
 
-def _forget(parameters: list[nn.Parameter]) -> None:
-    """Give back what a pass that ran out of memory left behind."""
+def _tried(work: Callable[[], T], parameters: list[nn.Parameter]) -> T | None:
+    """Return what a pass tells of memory, or None if memory runs out in it; then give back what it left behind."""
+    try:
+        return work()
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
     for parameter in parameters:
         parameter.grad = None
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
+    return None
