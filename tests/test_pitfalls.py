@@ -45,7 +45,8 @@ def sliced(path: Path, *arguments: str, voxels: NDArray[Any] = VOLUME) -> dict[s
     settings = config(path, *arguments)
     main(settings)
     out = path.parent / "out"
-    (entry,) = read_manifest(out)["volumes"]  # type: ignore[misc]  # JSON
+    entries: Any = read_manifest(out)["volumes"]
+    (entry,) = entries
     grey = window_from(entry["window"]).to_uint8(voxels)
     rows = read_rows(out / "train")
     assert rows

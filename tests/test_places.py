@@ -141,7 +141,7 @@ class Interrupted:
     def read(self, size: int = -1) -> bytes:
         if self.file.tell() + size > self.end:
             raise self.error
-        return self.file.read(size)  # type: ignore[no-any-return]  # a file
+        return self.file.read(size)
 
 
 @pytest.mark.parametrize("flags", [{}, {"skip_bad_planes": True}])
