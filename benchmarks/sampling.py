@@ -137,7 +137,7 @@ def ways_of(config: SamplingBenchmark, model: Path, work: Path) -> dict[str, Cal
     device = "cuda" if has_gpu() else "cpu"
     dtype = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[config.precision]
     pipeline = DiffusionPipeline.from_pretrained(
-        model, torch_dtype=dtype, safety_checker=None, requires_safety_checker=False
+        model, dtype=dtype, safety_checker=None, requires_safety_checker=False
     ).to(device)
     pipeline.set_progress_bar_config(disable=True)
     models: Models = load_models(str(model), device=device, dtype=dtype)

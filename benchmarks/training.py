@@ -603,13 +603,13 @@ def keep(config: TrainingConfig, stage: str, found: dict[str, Any]) -> None:
 
 
 def versions() -> dict[str, str]:
-    """Return the versions of what was measured; a torchvision that says nothing is a stand-in."""
+    """Return the versions of what was measured; a torchvision that has none is a stand-in."""
     known = {"python": platform.python_version()}
     for name in ("torch", "diffusers", "transformers", "accelerate", "peft", "torchvision"):
         try:
             known[name] = version(name)
         except PackageNotFoundError:
-            known[name] = "not installed"
+            known[name] = "a stand-in" if importlib.util.find_spec(name) else "not installed"
     return known
 
 
