@@ -409,9 +409,9 @@ def _loss_gap(
     for cuts in (learned, split_cuts(real, "validation", smallest)):
         labels = {cut.label for cut in learned}
         each = max(1, config.loss_slices // len(labels))
-        unique = {
-            cut.path: cut for cut in draw_cuts([cut for cut in cuts if cut.label in labels], each, config.slices.seed)
-        }
+        # A picture counts once, however many tiles it has.
+        whole = list({cut.path: cut for cut in cuts if cut.label in labels}.values())
+        unique = {cut.path: cut for cut in draw_cuts(whole, each, config.slices.seed)}
         counts.append(len(unique))
         for path, cut in unique.items():
             pictures.append(cover(read_grey(path), (side, side)))

@@ -245,3 +245,26 @@ def test_a_tile_larger_than_the_slices_is_refused(dataset: Path, tmp_path: Path)
     with pytest.raises(InputError, match="--tile_size 64: the shortest side of a slice is 48 px"):
         main(replace(settings(dataset, made, tmp_path / "out"), slices=large))
     assert not (tmp_path / "out").exists()
+
+
+def test_every_picture_of_a_few_counts_in_the_loss_gap(dataset: Path, toy_sd: Path, tmp_path: Path) -> None:
+    """A slice has many small tiles; drawn tile by tile, the first slice of a caption would stand for all of them."""
+    few = tmp_path / "few"
+    few.mkdir()
+    lines = [json.loads(line) for line in (dataset / "train" / "metadata.jsonl").read_text().splitlines()]
+    chosen = [line for text in sorted({line["text"] for line in lines}) for line in lines if line["text"] == text][::7]
+    chosen = [{"file_name": line["file_name"], "text": line["text"]} for line in chosen]
+    for line in chosen:
+        Image.open(dataset / "train" / line["file_name"]).save(few / line["file_name"])
+    (few / "metadata.jsonl").write_text("".join(json.dumps(line) + "\n" for line in chosen))
+    made = write_generated(tmp_path / "slices", dataset, 0)
+    config = settings(dataset, made, tmp_path / "out")
+    model = replace(config.slices, pretrained_model_name_or_path=str(toy_sd))
+    main(
+        replace(
+            config, slices=model, base=str(toy_sd), train_data_dir=few, loss_slices=2 * len(chosen), num_timesteps=1
+        )
+    )
+    rows = {row.metric: row for row in read_results(tmp_path / "out" / "results.jsonl")}
+    assert rows["loss_gap_auc"].n == len(chosen)
+    assert rows["loss_gap_auc"].value == 0.5  # one model against itself
