@@ -245,7 +245,7 @@ def test_a_full_disk_ends_all_processes_with_one_message(
     process = torchrun(ROOT / "finetune" / "lora.py", *asked, largest_file=8192)
     output, _ = process.communicate(timeout=600)
     assert process.returncode == 1
-    assert output.count("error: ") == 1
+    assert output.count("\nerror: ") == 1
     assert "checkpoint-4: cannot be written" in output
     assert "SIGKILL" not in output  # the other one did not wait for the first until it was killed
     assert [path.name for path in (tmp_path / "run").glob("checkpoint-*")] == ["checkpoint-2"]
