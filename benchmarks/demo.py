@@ -62,7 +62,7 @@ def commands(config: DemoConfig) -> dict[str, list[list[str]]]:
     generate += ["--guidance_scale", "3", "--num_inference_steps", "20", "--seed", seed, "--batch_size", "48"]
     generate += ["--output_dir", str(out / "slices"), "--overwrite"]
     drift = [*model, "--adapter", str(out / "lora"), "--probes", "tiny", "--real", str(out / "weave")]
-    drift += ["--num_images", "3", "--num_inference_steps", "12", "--batch_size", "48"]
+    drift += ["--num_images", "4", "--num_inference_steps", "12", "--batch_size", "48"]
     drift += ["--output_dir", str(out / "drift"), "--overwrite"]
     fidelity = ["--real", str(out / "weave"), "--generated", str(out / "slices")]
     fidelity += ["--bootstrap_draws", "200", "--output_dir", str(out / "fidelity"), "--overwrite"]
