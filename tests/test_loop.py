@@ -152,18 +152,23 @@ def test_the_loss_of_an_update_is_the_mean_over_its_images(make_parts: Callable[
     assert float(first.loss) == pytest.approx(float(values.mean()), rel=1e-5)
 
 
-def test_a_loss_that_is_not_finite_stops_the_run_naming_step_and_image(make_parts: Callable[..., Parts]) -> None:
+def test_a_loss_that_is_not_finite_stops_the_run_naming_step_image_and_timestep(
+    make_parts: Callable[..., Parts],
+) -> None:
     parts = make_parts(max_train_steps=9, checkpointing_steps=1)
     run, models, learns, batches, _ = parts
     loss = partial(denoising_loss, schedule=from_scheduler(models.scheduler.config))
-    bad = batches.update(1).batches[0].names[2]
+    batch = batches.update(1).batches[0]
+    bad, timestep = batch.names[2], int(batch.timesteps[2])
 
     def spoiled(denoiser: torch.nn.Module, batch: Any) -> Tensor:
         values = loss(denoiser, batch)
         return torch.where(torch.tensor([name == bad for name in batch.names]), math.nan, values)
 
     done = []
-    with pytest.raises(TisserandError, match=rf"^step 2: the loss is not finite \(images {bad}\)"):
+    with pytest.raises(
+        TisserandError, match=rf"^step 2: the loss is not finite \(images {bad} at timestep {timestep}\)"
+    ):
         done.extend(step.number for step in steps(parts, loss=spoiled))
     assert all(parameter.isfinite().all() for parameter in learns.parameters.values())
     assert [path.name for path in run.folder.glob("checkpoint-*")] == ["checkpoint-1"]
@@ -178,7 +183,9 @@ def test_all_processes_stop_at_the_image_of_one(tmp_path: Path) -> None:
         launcher, env=os.environ | {"PYTHONPATH": str(root)}, capture_output=True, text=True, timeout=300
     )
     for rank in (0, 1):
-        assert f"rank {rank}: step 1: the loss is not finite (images 1.png)" in output.stdout, output.stderr
+        assert f"rank {rank}: step 1: the loss is not finite (images 1.png at timestep 7)" in output.stdout, (
+            output.stderr
+        )
 
 
 _TWO_PROCESSES = """
@@ -191,7 +198,7 @@ accelerator = Accelerator(cpu=True)
 rank = accelerator.process_index
 loss, norm = torch.tensor(torch.nan if rank == 1 else 1.0), torch.tensor(1.0)
 window = _Window(losses=[loss], norms=[norm], per_image=[(1, [loss[None]])])
-update = SimpleNamespace(batches=[SimpleNamespace(names=[f"{rank}.png"])])
+update = SimpleNamespace(batches=[SimpleNamespace(names=[f"{rank}.png"], timesteps=torch.tensor([7]))])
 try:
     _check_finite(window, SimpleNamespace(update=lambda number: update), accelerator)
 except TisserandError as error:

@@ -90,7 +90,8 @@ def train(
         averages: kept in the checkpoints; it is the caller's body that updates them.
 
     Raises:
-        TisserandError: a loss or gradient that is not finite, naming step and images; nothing is written after it.
+        TisserandError: a loss or gradient that is not finite, naming step, images and timesteps; nothing is written
+            after it.
         Terminated: SIGTERM came; a checkpoint of the last finished update has been written.
     """
     accelerator = run.accelerator
@@ -236,11 +237,15 @@ def _check_finite(window: _Window, batches: Batches, accelerator: Any) -> None:
         return
     place = int(bad.nonzero()[0])
     number, per_image = window.per_image[place - len(window.losses)]
-    names = [name for batch in batches.update(number - 1).batches for name in batch.names]
-    wrong = [name for name, good in zip(names, torch.cat(per_image).isfinite().tolist(), strict=True) if not good]
-    wrong, names = gather_object(wrong), gather_object(names)
+    rows = [
+        f"{name} at timestep {timestep}"
+        for batch in batches.update(number - 1).batches
+        for name, timestep in zip(batch.names, batch.timesteps.tolist(), strict=True)
+    ]
+    wrong = [row for row, good in zip(rows, torch.cat(per_image).isfinite().tolist(), strict=True) if not good]
+    wrong, rows = gather_object(wrong), gather_object(rows)
     what = "loss" if wrong else "gradient"
-    shown = ", ".join((wrong or names)[:8]) + (", ..." if len(wrong or names) > 8 else "")
+    shown = ", ".join((wrong or rows)[:8]) + (", ..." if len(wrong or rows) > 8 else "")
     raise TisserandError(
         f"step {number}: the {what} is not finite (images {shown}); no weights were written; "
         "lower --learning_rate, or use --mixed_precision no"
