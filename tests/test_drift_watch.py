@@ -137,9 +137,22 @@ def test_the_base_is_without_the_adapters_a_run_begins_with(reported: Path, trai
     assert first["prompts"] == pytest.approx(last["prompts"], rel=1e-6)
 
 
-def test_a_run_that_gets_no_better_ends_early_and_keeps_the_best_weights(train: Train) -> None:
-    options = ("--max_train_steps", 40, "--checkpointing_steps", 40, "--drift_steps", 2, "--learning_rate", 1)
-    folder = train("worse", *options)
+WORSE = ("--max_train_steps", 40, "--checkpointing_steps", 40, "--drift_steps", 2, "--learning_rate", 1,
+         "--logging_steps", 100)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def worse(train: Train) -> Path:
+    """A run that was ended early: it gets no better."""
+    return train("worse", *WORSE)
+
+
+def copy_of(folder: Path, name: str) -> Path:
+    return Path(shutil.copytree(folder, folder.with_name(name)))
+
+
+def test_a_run_that_gets_no_better_ends_early_and_keeps_the_best_weights(worse: Path, train: Train) -> None:
+    folder = worse
     told = selection_of(folder)
     assert told["ended"] == "no lower loss on held-out images at 3 checks in a row"
     assert 4 <= told["last_step"] < 40  # not in the first tenth
@@ -154,8 +167,43 @@ def test_a_run_that_gets_no_better_ends_early_and_keeps_the_best_weights(train: 
     ]
     assert sizes[0] == pytest.approx(sizes[1], rel=1e-6)
     with pytest.raises(SystemExit) as error:  # the same command finds it finished
-        train("worse", *options)
+        train("worse", *WORSE)
     assert error.value.code == 0
+
+
+def test_a_run_that_is_ended_tells_of_its_last_step(worse: Path) -> None:
+    last = selection_of(worse)["last_step"]
+    assert [json.loads(line)["step"] for line in (worse / "metrics.jsonl").read_text().splitlines()] == [last]
+    assert [path.name for path in worse.glob("checkpoint-*")] == [f"checkpoint-{last}"]
+
+
+def test_a_run_killed_after_it_was_ended_ends_there_again(worse: Path, train: Train) -> None:
+    again = copy_of(worse, "killed")
+    unfinish(again)
+    train("killed", *WORSE)
+    assert selection_of(again) == selection_of(worse)
+    assert rows_of(again) == rows_of(worse)
+    assert equal(load_file(again / LORA_FILE), load_file(worse / LORA_FILE))
+
+
+def test_the_last_weights_of_a_run_that_was_ended_can_be_had_afterwards(worse: Path, train: Train) -> None:
+    last = selection_of(worse)["last_step"]
+    kept = copy_of(worse, "kept")
+    train("kept", *WORSE, "--keep", "last")
+    assert selection_of(kept)["selected_step"] == last
+    learned = load_file(kept / f"checkpoint-{last}" / "learned.safetensors")
+    sizes = [
+        sorted(float(np.abs(value).sum()) for value in one.values()) for one in (learned, load_file(kept / LORA_FILE))
+    ]
+    assert sizes[0] == pytest.approx(sizes[1], rel=1e-6)
+
+
+def test_a_run_that_was_ended_goes_on_where_drift_is_only_reported(worse: Path, train: Train) -> None:
+    steps = selection_of(worse)["last_step"] + 2
+    going_on = copy_of(worse, "going-on")
+    train("going-on", *WORSE, "--drift_policy", "report", "--max_train_steps", steps)
+    told = selection_of(going_on)
+    assert (told["ended"], told["last_step"], told["selected_step"]) == ("", steps, steps)
 
 
 def test_a_resumed_run_decides_as_the_uninterrupted_one(train: Train) -> None:

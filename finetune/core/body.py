@@ -9,6 +9,7 @@ from typing import Protocol
 
 from finetune.core.averages import Averages
 from finetune.core.batches import Batches, CaptionedBatches, captioned_batches
+from finetune.core.checkpoints import step_of
 from finetune.core.compilation import uncompiled
 from finetune.core.config import DriftWatchConfig, ObjectiveConfig, PreviewConfig, WatchConfig
 from finetune.core.drift_watch import DriftWatch
@@ -136,11 +137,12 @@ def train_and_save(
 
     if run.checkpoint is None:
         _look(looking, run, 0)
+    elif drift.ended_before():
+        run.total_steps = step_of(run.checkpoint)
     for step in train(run, denoiser, learns, updates, loss, run.train, averages):
         averages.update()
         run.log(step)
-        if _look(looking, run, step.number):
-            break
+        _look(looking, run, step.number)
 
     with uncompiled(run):
         drift.finish()
@@ -155,11 +157,9 @@ def train_and_save(
     )
 
 
-def _look(observers: Sequence[Observer], run: Run, step: int) -> bool:
+def _look(observers: Sequence[Observer], run: Run, step: int) -> None:
     """Let all look; where one ends the run, this becomes its last step, also for those that look after it."""
-    ends = False
     with uncompiled(run):
         for observer in observers:
             if observer.look(step):
-                ends, run.total_steps = True, step
-    return ends
+                run.total_steps = step

@@ -172,6 +172,12 @@ class DriftWatch:
             self._check(step)
         return self._as_main_says(bool(self.ended))
 
+    def ended_before(self) -> bool:
+        """Return whether the run that goes on was ended at its checkpoint, by what is asked of it now."""
+        if self.is_on and self.opened.run.is_main:
+            self.ended = self._why_end()
+        return self.is_on and self._as_main_says(bool(self.ended))
+
     def finish(self) -> None:
         """Put the selected weights in the place of the last ones, and write ``selection.json``."""
         run = self.opened.run
@@ -203,6 +209,8 @@ class DriftWatch:
         (run.folder / SELECTION).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
         run.total_steps = kept
         saved_steps = f"ended at step {self.last_step}, {content['saved_steps']} of {run.planned_steps} steps saved"
+        if content["saved_steps"]:
+            saved_steps += " (--drift_policy report goes on from there)"
         run.say(f"drift: {f'{self.ended}: {saved_steps}; ' if self.ended else ''}{reason} ({SELECTION})")
         run.say(f"drift: {self._cost_in_words()}")
 

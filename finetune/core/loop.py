@@ -6,7 +6,7 @@ import signal
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -80,6 +80,9 @@ def train(
     step is base x share of the group x factor(updates done). The loss of an update is the sum of weight x loss over all
     its images, on all processes and forward passes, divided by the sum of their weights.
 
+    A body that sets ``run.total_steps`` to the step it was shown ends the run with it; a checkpoint is written then, so
+    that the run can go on all the same.
+
     Args:
         run: where to, on what, and which checkpoint to start from.
         denoiser: the module that is called by ``loss``; only what ``learns`` names has gradients.
@@ -149,18 +152,25 @@ def train(
                 optimizer.zero_grad(set_to_none=config.set_grads_to_none)
 
             metrics = None
-            last = number == run.total_steps
+            last, is_early = number == run.total_steps, False
             due = number % config.checkpointing_steps == 0
             stop = _agreed(accelerator, bool(terminated))
             if number % config.logging_steps == 0 or last:
                 _check_finite(window, batches, accelerator)
-                metrics = _metrics(number, window, batches, bare_optimizer, accelerator)
-                metrics["elapsed_s"] = round(time.perf_counter() - begun_s, 3)
+                metrics = _metrics(number, window, batches, bare_optimizer, accelerator, begun_s)
                 bar.set_postfix(loss=f"{metrics['loss']:.4f}", refresh=False)
                 window = _Window()
             bar.update()
-            yield Step(number=number, total=run.total_steps, loss=value, metrics=metrics)
-            if due or (stop and not last):
+            step = Step(number=number, total=run.total_steps, loss=value, metrics=metrics)
+            yield step
+            if not last and number == run.total_steps:
+                last = is_early = True
+                if metrics is None:
+                    _check_finite(window, batches, accelerator)
+                    metrics = _metrics(number, window, batches, bare_optimizer, accelerator, begun_s)
+                    window = _Window()
+                    run.log(replace(step, metrics=metrics))
+            if due or is_early or (stop and not last):
                 _check_finite(window, batches, accelerator)
                 state = {
                     "elapsed_s": time.perf_counter() - begun_s,
@@ -181,6 +191,8 @@ def train(
             if stop and not last:
                 run.say(f"terminated; continue from checkpoint-{number} with the same command")
                 raise Terminated
+            if is_early:
+                return
 
 
 def reading_waits_for_nothing(device: torch.device) -> bool:
@@ -252,13 +264,15 @@ def _check_finite(window: _Window, batches: Batches, accelerator: Any) -> None:
     )
 
 
-def _metrics(number: int, window: _Window, batches: Batches, optimizer: Any, accelerator: Any) -> dict[str, Any]:
+def _metrics(
+    number: int, window: _Window, batches: Batches, optimizer: Any, accelerator: Any, begun_s: float
+) -> dict[str, Any]:
     """Return a line of metrics.jsonl: means since the line before."""
     losses = torch.stack(window.losses).double().mean()
     loss = accelerator.reduce(losses, reduction="mean")
     norms = torch.stack(window.norms).double()
     norms = norms[norms.isfinite()]  # with a gradient scaler others are those of updates that were left out
-    passed_s = time.perf_counter() - window.started_s
+    now_s = time.perf_counter()
     return {
         "step": number,
         "epoch": number / batches.steps_per_epoch,
@@ -266,7 +280,8 @@ def _metrics(number: int, window: _Window, batches: Batches, optimizer: Any, acc
         # Of the first group that learns: others may rest.
         "learning_rate": next((group["lr"] for group in optimizer.param_groups if group["lr"]), 0.0),
         "grad_norm": float(norms.mean()) if len(norms) else None,
-        "images_per_s": round(window.images / passed_s, 3),
+        "images_per_s": round(window.images / (now_s - window.started_s), 3),
+        "elapsed_s": round(now_s - begun_s, 3),
     }
 
 

@@ -43,8 +43,9 @@ CARD, CONFIG, ENVIRONMENT, METRICS, HELDOUT, DRIFT, DRIFT_FOLDER, SELECTION, PRO
     "run.lock",
 )
 _DECIDED = ("train_batch_size", "compiled")  # what the machine decided when the run began
+_OF_THE_END = frozenset({"drift_policy", "keep"})  # which weights a run leaves, and whether it goes on after drift
 # They say where things are put or shown, and leave what is learned alone.
-_WITHOUT_EFFECT = CHANGEABLE - {"max_train_steps", "num_train_epochs"}
+_WITHOUT_EFFECT = CHANGEABLE - {"max_train_steps", "num_train_epochs", "drift_steps"} - _OF_THE_END
 
 
 @dataclass(kw_only=True)
@@ -196,7 +197,8 @@ def start_run(
         total = train.total_steps(num_images, accelerator.num_processes)
         finished = _read_json(folder / PROVENANCE)
         steps = finished.get("planned_steps", finished.get("steps"))
-        if (folder / weights_file).is_file() and steps == total:
+        ends_otherwise = any(settings.get(name) != saved.get(name) for name in _OF_THE_END)
+        if (folder / weights_file).is_file() and steps == total and not ends_otherwise:
             accelerator.print(f"{folder}: this run is finished ({total} steps); --overwrite starts anew")
             raise SystemExit(0)
         if (folder / weights_file).is_file() and checkpoint is None:
