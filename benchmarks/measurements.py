@@ -2,7 +2,7 @@
 
     python benchmarks/measurements.py
 
-Four parts, after `make demo`. `zero`: a model against itself, and 20 repeats of the base against itself with other
+Four parts, after `make demo`. `zero`: a model against itself, and 100 repeats of the base against itself with other
 seeds. `copies`: planted copies, a LoRA trained on nine slices for too long, one trained on all for a few hundred steps,
 and the demo's. `statistics`: closed forms, simulations, porespy and torch-fidelity where they are installed or in the
 folder that TISSERAND_EXTRA_PACKAGES names. `page`: three methods compared on one page, in a headless browser. What an
@@ -34,7 +34,7 @@ from prompts.captions import all_captions
 if TYPE_CHECKING:
     import numpy as np
 
-REPEATS, POOL, PICTURES, STEPS = 20, 24, 4, 12
+REPEATS, POOL, PICTURES, STEPS = 100, 24, 4, 12
 """Repeats, seeds a probe they are drawn from, pictures a probe in a check, and denoising steps."""
 SCORES = ("leak", "retention", "colourfulness_ratio", "saturation_ratio", "luminance_ratio")
 NINE = ("sf_dry sf_thickness", "sf_dry sf_warp", "sf_dry sf_weft")

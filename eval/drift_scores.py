@@ -15,7 +15,15 @@ from numpy.typing import NDArray
 from eval.colour import FAINT, MEASURES
 from eval.distances import Interval
 from eval.divergence import divergence_parts
-from eval.intervals import hierarchical, interval_of, noise_band, ratio_of_means, resample, share_interval
+from eval.intervals import (
+    chance_of_hits,
+    hierarchical,
+    interval_of,
+    noise_band,
+    ratio_of_means,
+    resample,
+    share_interval,
+)
 from eval.leak import LeakNet, is_leaked
 from eval.results import Result, Verdict
 from eval.verdicts import GUARD, Limits, Policy, judge_prompt, judge_set, worst
@@ -271,7 +279,7 @@ def _colour_score(name: str, tuned: Floats, base: Floats, again: Floats) -> Scor
         unit="ratio",
         of=lambda rows: hierarchical(ratio_of_means, tuned[rows], base[rows]),
         floor=floor,
-        band=lambda rows: noise_band(floor[counts], len(rows)),
+        band=lambda rows: noise_band(again[counts], base[counts], _places(rows, counts)),
         counts=counts,
         why_not=f"the base's own pictures have too little {name} for a ratio",
     )
@@ -280,12 +288,18 @@ def _colour_score(name: str, tuned: Floats, base: Floats, again: Floats) -> Scor
 def _leak_score(tuned: Floats, base: Floats) -> Score:
     """Return the share of pictures with more than 30 % slice-like patches; the base's own share is its false alarms."""
     hits, own = is_leaked(tuned), is_leaked(base)
+
+    def band(rows: NDArray[np.int64]) -> Interval:
+        seen = hierarchical(_mean, own[rows])
+        chance = chance_of_hits(int(own.sum()), own.size, own[rows].size)
+        return Interval(value=seen.value, low=seen.low, high=max(seen.high, chance))
+
     return Score(
         metric="leak",
         unit="share",
         of=lambda rows: share_interval(hits[rows]),
         floor=own.mean(axis=1),
-        band=lambda rows: hierarchical(_mean, own[rows]),
+        band=band,
         counts=np.ones(len(hits), dtype=np.bool_),
         why_not="",
     )
@@ -317,14 +331,16 @@ def _retention_score(leaks: tuple[Floats, Floats], colours: tuple[Floats, Floats
     has_colour = (base.mean(axis=1) >= FAINT["colourfulness"]) & (again.mean(axis=1) >= FAINT["colourfulness"])
     tuned, base, again = (np.where(has_colour[:, None], values, 1.0) for values in (tuned, base, again))
     counts = ~is_leaked(base_leak.mean(axis=1)).astype(np.bool_)
-    ratios = ratio_of_means(again, base)[has_colour]
 
     def retained(leak: Floats, above: Floats, below: Floats) -> Floats:
         return (1 - leak.mean(axis=-1)) * np.minimum(1, ratio_of_means(above, below))
 
     def band(rows: NDArray[np.int64]) -> Interval:
         own = hierarchical(retained, base_leak[rows], again[rows], base[rows])
-        noise = noise_band(ratios, len(rows)).low if has_colour[rows].any() and len(ratios) else 1.0
+        coloured = rows[has_colour[rows]]
+        noise = 1.0
+        if len(coloured):
+            noise = noise_band(again[has_colour], base[has_colour], _places(coloured, has_colour)).low
         patches = float(1 - base_leak[rows].mean())
         return Interval(value=own.value, low=min(own.low, patches * noise), high=1.0)
 
@@ -358,7 +374,7 @@ def _follow_score(probes: Sequence[Probe], view: Views, texts: Floats) -> Score:
         unit="share",
         of=lambda rows: hierarchical(ratio_of_means, above[rows], below[rows]),
         floor=floor,
-        band=lambda rows: noise_band(floor[counts], len(rows)),
+        band=lambda rows: noise_band(other[counts], below[counts], _places(rows, counts)),
         counts=counts,
         why_not=f"the base's own pictures do not follow this prompt clearly, by {view.kind}",
         tier="B",
@@ -410,6 +426,11 @@ def sweep_rows(rows: Sequence[Result], weaker: Evidence, whole: Evidence, streng
 def _patch_shares(detector: LeakNet, pictures: NDArray[np.uint8]) -> Floats:
     """Return the share of slice-like patches, (P, S, H, W, 3) -> (P, S)."""
     return _per_picture(detector.patch_shares, pictures)
+
+
+def _places(rows: NDArray[np.int64], counts: NDArray[np.bool_]) -> NDArray[np.int64]:
+    """Return where rows stand among those that count."""
+    return np.asarray(np.cumsum(counts)[rows] - 1)
 
 
 def _mean(values: Floats) -> Floats:

@@ -10,13 +10,14 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.stats import binomtest
+from scipy.stats import betabinom, binomtest
 from scipy.stats import t as student_t
 
 from eval.distances import Interval
 
 Floats = NDArray[np.float64]
 Statistic = Callable[..., Floats]
+_USUAL = 0.9995
 
 
 def hierarchical(statistic: Statistic, *arrays: Floats, draws: int = 1000, seed: int = 0) -> Interval:
@@ -64,18 +65,40 @@ def ratio_of_means(above: Floats, below: Floats) -> Floats:
     return np.asarray(above.mean(axis=-1) / below.mean(axis=-1))
 
 
-def noise_band(ratios_again: Floats, num_prompts: int) -> Interval:
-    """Return where a mean ratio over ``num_prompts`` falls when nothing changed, in 999 cases of 1000.
+def noise_band(again: Floats, base: Floats, rows: NDArray[np.int64]) -> Interval:
+    """Return where a mean ratio over some prompts falls when nothing changed, in 999 cases of 1000.
 
     Args:
-        ratios_again: (P,) ratio of each prompt between two sets of seeds of one model; the true ratio is 1.
-        num_prompts: prompts the judged mean is made of; 1 for a single prompt.
+        again: (P, S) what is measured on pictures of one model ...
+        base: ... and on those of other seeds; the true ratio of their means is 1.
+        rows: indices of the prompts the judged mean is made of.
 
-    Student's t with P degrees of freedom on the logarithms: the noise of one prompt is itself known from P only.
+    Student's t on the logarithms, with the wider of two noises: that of all P ratios, and that of the pictures of the
+    judged prompts themselves, since some prompts leave more open than others.
     """
-    logs = np.log(ratios_again)
-    half = float(student_t.ppf(0.9995, len(logs)) * np.sqrt(np.square(logs).mean() / num_prompts))
-    return Interval(value=float(ratios_again.mean()), low=float(np.exp(-half)), high=float(np.exp(half)))
+    ratios = ratio_of_means(again, base)
+    logs, seeds = np.log(ratios), base.shape[1]
+    half = float(student_t.ppf(_USUAL, len(logs)) * np.sqrt(np.square(logs).mean() / len(rows)))
+    if seeds > 1:
+        pictures = np.stack([again[rows], base[rows]])  # (2, R, S)
+        relative = pictures.var(axis=-1, ddof=1) / np.square(pictures.mean(axis=-1))
+        own = relative.sum(axis=0) / seeds  # of log(again / base), a prompt each
+        freedom = own.sum() ** 2 / np.square(own).sum() * 2 * (seeds - 1) if own.any() else 1.0  # Welch-Satterthwaite
+        half = max(half, float(student_t.ppf(_USUAL, freedom) * np.sqrt(own.sum()) / len(rows)))
+    return Interval(value=float(ratios.mean()), low=float(np.exp(-half)), high=float(np.exp(half)))
+
+
+def chance_of_hits(hits: int, of: int, pictures: int) -> float:
+    """Return the share that false alarms reach at most among some pictures, in 995 cases of 1000.
+
+    Args:
+        hits: false alarms that were seen ...
+        of: ... among so many pictures.
+        pictures: that are judged.
+
+    Quantile of the beta-binomial prediction from Jeffreys' prior: no alarm among a few pictures promises little.
+    """
+    return float(betabinom.ppf(0.995, pictures, hits + 0.5, of - hits + 0.5)) / pictures
 
 
 def mean_interval(values: Sequence[float] | Floats) -> tuple[float, float | None, float | None]:

@@ -20,7 +20,7 @@ from eval.distances import Interval
 from eval.divergence import divergence_parts, predictions
 from eval.drift import DriftConfig, Evidence, main
 from eval.drift_scores import score_drift
-from eval.intervals import hierarchical, noise_band, ratio_of_means, share_interval
+from eval.intervals import chance_of_hits, hierarchical, noise_band, ratio_of_means, share_interval
 from eval.leak import LeakNet, train_leak_net
 from eval.results import Result, read_results
 from eval.verdicts import FAR, GUARD, LIMITS, Limits, judge_prompt, judge_set, read_policy
@@ -208,15 +208,24 @@ def test_no_hit_in_eight_pictures_does_not_promise_none() -> None:
 
 def test_the_noise_band_holds_a_third_set_of_seeds() -> None:
     random = np.random.default_rng(0)
+    spread = np.array([0.4, *[0.05] * 11])[:, None]  # one prompt leaves much more open than the others
     inside = 0
     for _ in range(500):
-        again, third = np.exp(random.normal(0, 0.1, (2, 12)))
-        bands = noise_band(again, 1), noise_band(again, 12)
-        inside += bool(np.all((third > bands[0].low) & (third < bands[0].high))) and (
-            bands[1].low < third.mean() < bands[1].high
-        )
-    # 13 looks at 0.1 % each leave about 1 % of false alarms.
-    assert inside / 500 >= 0.95
+        again, base, third = np.exp(random.normal(0, spread, (3, 12, 4)))
+        found = ratio_of_means(third, base)
+        bands = [noise_band(again, base, np.array([prompt])) for prompt in range(12)]
+        inside += all(band.low < ratio < band.high for band, ratio in zip(bands, found, strict=True))
+        whole = noise_band(again, base, np.arange(12))
+        assert whole.low < found.mean() < whole.high
+    # 12 looks at 0.1 % each leave about 1 % of false alarms; one width for all prompts leaves 12 %.
+    assert inside / 500 >= 0.96
+
+
+def test_false_alarms_of_a_detector_are_foreseen() -> None:
+    random = np.random.default_rng(0)
+    alarms = [random.binomial(4, 0.02) / 4 > chance_of_hits(int(random.binomial(48, 0.02)), 48, 4) for _ in range(4000)]
+    assert np.mean(alarms) < 0.01  # the band is for 995 of 1000; without it 8 % are
+    assert chance_of_hits(0, 48, 4) == 0.25  # half of four pictures is no accident
 
 
 @pytest.mark.parametrize(
