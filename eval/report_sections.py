@@ -21,6 +21,7 @@ from eval.verdicts import worst
 
 WORDS: dict[Verdict, str] = {"ok": "in order", "warn": "look closer", "stop": "stop", "grey": "not measured"}
 AXES = ("z", "y", "x")
+RECIPES = ("full", "lora", "textual_inversion", "dreambooth", "lora_dreambooth", "pivotal_tuning", "pretrain")
 KINDS = {"real": "real, held out", "vae": "through the VAE", "generated": "generated"}
 LABELS = {
     "accuracy_state": "state read correctly",
@@ -489,10 +490,9 @@ def appendix(run: Run | None, folders: Sequence[Folder]) -> list[dict[str, Any]]
     """Return, for the run and each folder, the command that gives it again and its settings."""
     entries = []
     if run:
-        config = shlex.quote(str(run.path / "config.yaml"))
-        script = {"lora": "finetune/lora.py"}.get(str(run.provenance.get("method", "lora")), "finetune/lora.py")
-        again = f"accelerate launch {script} --config {config} --output_dir {shlex.quote(str(run.path) + '-again')}"
-        entries.append({"title": f"Training run {run.path}", "command": again, "settings": _flat(run.settings)})
+        entries.append(
+            {"title": f"Training run {run.path}", "command": _trained_by(run), "settings": _flat(run.settings)}
+        )
         if run.environment:
             entries.append({"title": "Environment of the run", "command": "", "settings": _flat(run.environment)})
     for folder in folders:
@@ -505,6 +505,19 @@ def appendix(run: Run | None, folders: Sequence[Folder]) -> list[dict[str, Any]]
             {"title": f"{folder.module or 'results'} in {folder.path}", "command": command, "settings": settings}
         )
     return entries
+
+
+def _trained_by(run: Run) -> str:
+    """Return the command that trains a run again beside itself; empty if nothing says which recipe it was."""
+    typed = run.environment.get("command")
+    script = Path(str(typed[0])).name if isinstance(typed, list) and typed else f"{run.provenance.get('method')}.py"
+    if script.removesuffix(".py") not in RECIPES:
+        return ""
+    processes = run.environment.get("processes")
+    several = isinstance(processes, int) and processes > 1
+    words = ["torchrun", "--nproc_per_node", str(processes)] if several else ["accelerate", "launch"]
+    words += [f"finetune/{script}", "--config", str(run.path / "config.yaml"), "--output_dir", f"{run.path}-again"]
+    return shlex.join(words)
 
 
 def _flat(settings: Mapping[str, Any]) -> list[tuple[str, str]]:

@@ -409,6 +409,25 @@ def test_the_split_is_drawn_as_shares_of_its_direction(whole: str) -> None:
     assert shares == [("train", "62.85"), ("guard", "9.38"), ("validation", "27.78")]
 
 
+RECIPES = ["full", "lora", "textual_inversion", "dreambooth", "lora_dreambooth", "pivotal_tuning"]
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_a_run_is_trained_again_by_its_own_recipe(recipe: str, tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run", tmp_path / "data")
+    (run / "environment.json").write_text(json.dumps({"command": [f"finetune/{recipe}.py", "--seed", "0"]}))
+    main(ReportConfig(run=run, output=tmp_path / "page.html"))
+    text = (tmp_path / "page.html").read_text()
+    assert f"accelerate launch finetune/{recipe}.py --config {run}/config.yaml --output_dir {run}-again" in text
+
+
+def test_a_run_of_two_processes_is_trained_again_by_two(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run", tmp_path / "data")
+    (run / "environment.json").write_text(json.dumps({"command": ["finetune/full.py"], "processes": 2}))
+    main(ReportConfig(run=run, output=tmp_path / "page.html"))
+    assert "torchrun --nproc_per_node 2 finetune/full.py --config" in (tmp_path / "page.html").read_text()
+
+
 @pytest.mark.parametrize("what", ["prompt", "name"])
 def test_text_of_a_watched_run_is_escaped(tmp_path: Path, what: str) -> None:
     run = watch_run(write_run(tmp_path / "lora", write_dataset(tmp_path / "weave")), **{what: SCRIPT})
