@@ -33,9 +33,9 @@ from training import (
     why_no_script,
 )
 
+HERE = Path(__file__).parent
 STEPS = 3
-NOTHING = "import resource, accelerate, diffusers, peft, torch, transformers; "
-NOTHING += "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"
+NOTHING = "import accelerate, diffusers, paced, peft, torch, transformers; print(paced.peak_resident_gb())"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,8 +112,8 @@ def main(config: MemoryConfig) -> None:
 def libraries_gb() -> float:
     """Return the resident size of an interpreter with the libraries and nothing else, in 10^9 bytes."""
     words = [sys.executable, "-c", NOTHING]
-    done = subprocess.run(words, check=True, capture_output=True, text=True, env=environment_of("ours"))
-    return int(done.stdout.split()[-1]) * 1024 / 1e9
+    done = subprocess.run(words, check=True, capture_output=True, text=True, env=environment_of("ours"), cwd=HERE)
+    return float(done.stdout.split()[-1])
 
 
 if __name__ == "__main__":

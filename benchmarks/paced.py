@@ -39,6 +39,15 @@ KINDS = {
 }
 
 
+def peak_resident_gb() -> float:
+    """Return the most this process has held, in 10^9 bytes; what getrusage says begins with the peak of its parent."""
+    status = Path("/proc/self/status")
+    if not status.is_file():
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e9  # macOS counts bytes
+    lines = status.read_text(encoding="ascii").splitlines()
+    return int(next(line.split()[1] for line in lines if line.startswith("VmHWM"))) * 1024 / 1e9
+
+
 class Turns:
     """Counts optimizer steps and stops between turns."""
 
@@ -93,7 +102,7 @@ class Turns:
 
     def write_report(self, path: Path) -> None:
         """Write how soon the first step was done, and how much memory was taken at most."""
-        peak = {"peak_resident_gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9}
+        peak = {"peak_resident_gb": peak_resident_gb()}
         if on_gpu():
             import torch
 
