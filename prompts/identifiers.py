@@ -116,18 +116,23 @@ class IdentifiersConfig:
             raise ValueError(f"--num_proposals {self.num_proposals}: 0 or more")
         if not self.words and not self.num_proposals:
             raise ValueError("WORDS: name at least one identifier, or ask for proposals with --num_proposals")
+        if bad := [word for word in self.words if len(word.split()) != 1]:
+            raise ValueError(f"WORDS: '{bad[0]}' is not one word; an identifier is written without spaces")
 
 
 def main(config: IdentifiersConfig) -> None:
     """Print the verdicts and the proposals."""
     tokenizer = load_tokenizer(config.pretrained_model_name_or_path, config.revision)
     vectors = read_word_vectors(config.pretrained_model_name_or_path, tokenizer, config.revision)
-    if config.words:
-        print(table([judge(tokenizer, word, vectors) for word in config.words]))
+    judged = [judge(tokenizer, word, vectors) for word in config.words]
+    if judged:
+        print(table(judged))
     proposed = propose(tokenizer, config.num_proposals, vectors)
     if config.num_proposals:
         print("rare words of one token: " + (", ".join(proposed) or "none in this vocabulary"))
-    chosen = next(iter([*config.words, *proposed]), "sks")
+    # Of the user's own the best, if one will do; then what was proposed.
+    own = sorted((item for item in judged if item.grade != "poor"), key=lambda item: item.grade != "good")
+    chosen = next(iter([*(item.word for item in own), *proposed, *config.words]), "sks")
     words = ["--pretrained_model_name_or_path", config.pretrained_model_name_or_path]
     words += ["--instance_prompt", f"a {chosen} texture"]
     print(f"next: accelerate launch finetune/lora_dreambooth.py {shlex.join(words)} --instance_data_dir data/few/dry")

@@ -19,6 +19,7 @@ empty prompt, G5 both worlds in one prompt. A set of another name is judged like
 
 from __future__ import annotations
 
+import difflib
 import hashlib
 import json
 import re
@@ -200,11 +201,14 @@ def _from_sets(content: object, where: str) -> list[Probe]:
     """Check the mapping of a probe file and flatten it."""
     if not isinstance(content, dict) or not isinstance(content.get("sets"), dict) or content.get("version") != 1:
         raise UsageError(f"{where}: expected 'version: 1' and 'sets:' with a title and probes each")
+    _refuse_unknown(content, ("version", "light", "sets"), where)
     light = content.get("light")
     found: list[Probe] = []
     for name, group in content["sets"].items():
         if not NAME.fullmatch(str(name)) or name in RESERVED:
             raise UsageError(f"{where}: set {name!r}: {ALLOWED}, and neither of {', '.join(sorted(RESERVED))}")
+        if isinstance(group, dict):
+            _refuse_unknown(group, ("title", "probes"), f"{where}: set {name}")
         prompts = group.get("probes") if isinstance(group, dict) else None
         if not isinstance(prompts, dict) or not all(isinstance(key, str) for key in prompts):
             raise UsageError(f"{where}: set {name} needs 'probes:' with lines 'id: prompt' (ids are text; quote them?)")
@@ -224,6 +228,15 @@ def _from_sets(content: object, where: str) -> list[Probe]:
     if light is not None and (not isinstance(light, list) or set(light) - set(ids)):
         raise UsageError(f"{where}: 'light:' must list ids of this file")
     return found
+
+
+def _refuse_unknown(content: Mapping[object, object], known: Sequence[str], where: str) -> None:
+    """Refuse a key that nothing reads, with the one that was meant."""
+    for key in content:
+        if key not in known:
+            near = difflib.get_close_matches(str(key), known, n=1)
+            hint = f"; did you mean {near[0]!r}?" if near else ""
+            raise UsageError(f"{where}: unknown key {key!r}; known are {', '.join(known)}{hint}")
 
 
 if __name__ == "__main__":

@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 WORD_END = "</w>"
+SHOWN = 60
+"""Characters of a prompt in the table: the pieces are there whole."""
 SHORTEST_WORD = 3
 """Letters; shorter pieces are syllables of too many words to mean one."""
 
@@ -78,7 +80,8 @@ def table(splits: Sequence[Split]) -> str:
         if item.cut_off:
             remarks.append(f"cut off after {item.limit}")
         known = ", ".join(item.known_words) or "none"
-        rows.append((repr(item.prompt), str(len(item.pieces)), ", ".join(remarks) or "whole", known, shown))
+        prompt = item.prompt if len(item.prompt) <= SHOWN else item.prompt[: SHOWN - 3] + "..."
+        rows.append((repr(prompt), str(len(item.pieces)), ", ".join(remarks) or "whole", known, shown))
     widths = [max(len(row[column]) for row in rows) for column in range(4)]
     return "\n".join("  ".join([*map(str.ljust, row, widths), row[4]]).rstrip() for row in rows)
 

@@ -87,3 +87,14 @@ def test_the_table_of_a_folder_is_read_without_torch(toy_sd: Path) -> None:
     vectors = read_word_vectors(str(toy_sd), load_tokenizer(str(toy_sd)))
     assert vectors is not None
     assert vectors.rows.shape == (len(load_tokenizer(str(toy_sd))), 16)
+
+
+def test_the_next_command_takes_the_best_of_the_users_words(toy_sd: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    main(IdentifiersConfig(words=("w17h3r", "sks"), pretrained_model_name_or_path=str(toy_sd), num_proposals=0))
+    assert "'a sks texture'" in capsys.readouterr().out.splitlines()[-1]
+
+
+@pytest.mark.parametrize("word", ["", "a b"])
+def test_what_is_not_one_word_is_no_identifier(word: str) -> None:
+    with pytest.raises(ValueError, match=f"WORDS: '{word}' is not one word"):
+        IdentifiersConfig(words=(word,), pretrained_model_name_or_path="x")

@@ -66,6 +66,8 @@ def test_a_text_file_is_one_set_of_the_users_own(tmp_path: Path) -> None:
         ("version: 1\nsets: {G: {probes: {a-b: x}}, G-a: {probes: {b: y}}}", "a-b of set G and b of set G-a would"),
         ("sets: {}", "expected 'version: 1'"),
         ("version: 1\nsets: {G0: [x]}", "set G0 needs 'probes:'"),
+        ("version: 1\nlights: [a]\nsets: {G0: {probes: {a: x}}}", "unknown key 'lights'; .* did you mean 'light'"),
+        ("version: 1\nsets: {G0: {probes: {a: x}, light: true}}", "set G0: unknown key 'light'"),
         ("[a, {b: c}]", "prompt 2 is not text"),
         ("[", "not readable as YAML"),
         ("[]", "holds 0 prompts"),

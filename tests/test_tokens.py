@@ -73,3 +73,9 @@ def test_pieces_that_are_words_of_their_own_are_named(tmp_path: Path) -> None:
 def test_a_folder_without_tokenizer_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="has no folder named tokenizer"):
         load_tokenizer(str(tmp_path))
+
+
+def test_a_long_prompt_does_not_widen_the_table(tmp_path: Path) -> None:
+    tokenizer = load_tokenizer(str(write_clip_tokenizer(tmp_path)))
+    lines = table([split(tokenizer, "dry " * 50), split(tokenizer, "dry")]).splitlines()
+    assert lines[2].index("whole") < 90
