@@ -217,7 +217,8 @@ def test_with_every_method_two_processes_end_where_one_does(
 ) -> None:
     """Parameters that rest, or have no part in some pass, must not make the processes wait for one another."""
     line = words_of(recipe, toy_sd, captioned_images, tmp_path) + OPTIONS[recipe].format(root=tmp_path).split()
-    line += ["--learning_rate", "1e-3"]
+    # A large epsilon: where a gradient is next to nothing, Adam would make its rounding as large as any other.
+    line += ["--learning_rate", "1e-3", "--adam_epsilon", "1e-4"]
     halves = ["--train_batch_size", "1", "--gradient_accumulation_steps", "2"]
     process = torchrun(ROOT / "finetune" / f"{recipe}.py", *line, *halves)
     output, _ = process.communicate(timeout=600)
@@ -227,9 +228,8 @@ def test_with_every_method_two_processes_end_where_one_does(
     for path in [path for path in paths if path.parts[0] != "cache"]:
         alone, together = load_file(tmp_path / "one" / path), load_file(tmp_path / "run" / path)
         assert alone.keys() == together.keys()
-        # The bias of keys has no gradient but rounding errors, which Adam makes as large as any other.
-        for name in [name for name in alone if "k_proj.bias" not in name]:
-            torch.testing.assert_close(together[name], alone[name], atol=1e-5, rtol=0)
+        for name in alone:
+            torch.testing.assert_close(together[name], alone[name], atol=1e-6, rtol=0)
 
 
 @pytest.mark.slow
