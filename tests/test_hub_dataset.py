@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from test_processes import torchrun
 
 from configs.errors import InputError
 from finetune.core.config import ImageFolderConfig
@@ -29,6 +30,25 @@ def test_it_is_written_once(captioned_images: Path, tmp_path: Path) -> None:
     before = {path: path.stat().st_mtime_ns for path in first.train_data_dir[0].iterdir()}
     assert local_images(config(captioned_images), tmp_path) == first
     assert {path: path.stat().st_mtime_ns for path in first.train_data_dir[0].iterdir()} == before
+
+
+@pytest.mark.slow
+def test_two_processes_write_it_once_and_both_read_it(captioned_images: Path, tmp_path: Path) -> None:
+    script = tmp_path / "both.py"
+    script.write_text(
+        f"""
+from pathlib import Path
+from finetune.core.config import ImageFolderConfig
+from finetune.core.hub_dataset import local_images
+from finetune.core.images import read_images
+config = ImageFolderConfig(dataset_name={str(captioned_images)!r})
+print("found", len(read_images(local_images(config, Path({str(tmp_path / "cache")!r})))), flush=True)
+"""
+    )
+    process = torchrun(script)
+    output, _ = process.communicate(timeout=600)
+    assert process.returncode == 0, output
+    assert output.count("found 10") == 2
 
 
 def test_folders_are_left_as_they_are(captioned_images: Path) -> None:

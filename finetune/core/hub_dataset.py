@@ -6,7 +6,9 @@ import dataclasses
 import importlib.util
 import io
 import json
+import os
 import re
+import time
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +39,10 @@ def local_images(config: ImageFolderConfig, cache_dir: Path | None) -> ImageFold
     name = re.sub(r"[^A-Za-z0-9_-]+", "-", Path(config.dataset_name).name).strip("-")
     keys = f"{config.image_column}-{config.caption_column}"
     folder = (cache_dir or Path(datasets.config.HF_DATASETS_CACHE)) / "folders" / f"{name}-{rows._fingerprint}-{keys}"
+    # Two processes may not write it at once, and none of them knows of the others yet. Where the one that writes fails,
+    # the launcher ends those that wait.
+    while int(os.environ.get("LOCAL_RANK", 0)) and not (folder / METADATA_NAME).is_file():
+        time.sleep(0.1)
     if not (folder / METADATA_NAME).is_file():
         with publish(folder, overwrite=True, mark=METADATA_NAME) as partial:
             _write(rows, config, partial)
