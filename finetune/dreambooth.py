@@ -122,7 +122,7 @@ def train_dreambooth(opened: Opened, config: DreamBoothRun) -> None:
         heldout=heldout,
         says=f"DreamBooth: {learns.num_weights:,} weights learn",
         save=save,
-        uses=f"--pretrained_model_name_or_path {run.folder}",
+        uses=() if config.skip_save_text_encoder else ("--pretrained_model_name_or_path", str(run.folder)),
     )
 
 

@@ -108,7 +108,7 @@ def train_full(opened: Opened, config: FullRun) -> None:
         heldout=heldout,
         says=f"full: {learns.num_weights:,} weights learn",
         save=save,
-        uses=f"--pretrained_model_name_or_path {run.folder}",
+        uses=("--pretrained_model_name_or_path", str(run.folder)),
     )
 
 

@@ -109,7 +109,7 @@ def train_lora(opened: Opened, config: LoraRun) -> None:
         heldout=heldout,
         says=f"LoRA: {learns.num_weights:,} weights learn",
         save=save,
-        uses=f"--pretrained_model_name_or_path {models.name} --adapter {run.folder}",
+        uses=("--pretrained_model_name_or_path", models.name, "--adapter", str(run.folder)),
     )
 
 

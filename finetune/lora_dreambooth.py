@@ -124,7 +124,7 @@ def train_lora_dreambooth(opened: Opened, config: LoraDreamBoothRun) -> None:
         heldout=heldout,
         says=f"LoRA + DreamBooth: {learns.num_weights:,} weights learn",
         save=save,
-        uses=f"--pretrained_model_name_or_path {models.name} --adapter {run.folder}",
+        uses=("--pretrained_model_name_or_path", models.name, "--adapter", str(run.folder)),
     )
 
 

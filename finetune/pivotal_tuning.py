@@ -227,7 +227,7 @@ def train_word_and_adapters(opened: Opened, config: PivotalTuningRun, alone: int
         says=f"pivotal tuning: {len(word.pieces)} rows learn {word.placeholder} for {alone} steps, then "
         f"{adapters.num_weights:,} weights of adapters",
         save=save,
-        uses=f"--pretrained_model_name_or_path {models.name} --adapter {run.folder}",
+        uses=("--pretrained_model_name_or_path", models.name, "--adapter", str(run.folder)),
         observers=[WordCopies(config.tokens.save_steps, run, word, averages, provenance)],
     )
 

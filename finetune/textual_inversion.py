@@ -114,7 +114,7 @@ def train_word(opened: Opened, config: TextualInversionRun) -> None:
         heldout=heldout_images(config.train_data_dir[0], config.tokens, config.sentences),
         says=f"Textual Inversion: {len(word.pieces)} rows of {word.rows.shape[1]} numbers learn {word.placeholder}",
         save=save,
-        uses=f"--pretrained_model_name_or_path {models.name} --adapter {run.folder}",
+        uses=("--pretrained_model_name_or_path", models.name, "--adapter", str(run.folder)),
         observers=[WordCopies(config.tokens.save_steps, run, word, averages, provenance)],
     )
 

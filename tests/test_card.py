@@ -99,13 +99,14 @@ def test_text_from_files_is_never_markup(folder: Path) -> None:
     [
         ((LORA_FILE,), f"pipeline.load_lora_weights('{LORA_FILE}')"),
         ((EMBEDDINGS_FILE,), f"pipeline.load_textual_inversion('{EMBEDDINGS_FILE}')"),
-        (("model_index.json",), "pipeline = StableDiffusionPipeline.from_pretrained('.')"),
+        (("model_index.json", "text_encoder"), "pipeline = StableDiffusionPipeline.from_pretrained('.')"),
+        (("model_index.json",), "StableDiffusionPipeline.from_pretrained('.', text_encoder=text_encoder)"),
     ],
 )
 def test_the_card_says_how_to_load_what_is_there(folder: Path, files: tuple[str, ...], line: str) -> None:
     (folder / LORA_FILE).unlink()
     for name in files:
-        (folder / name).write_bytes(b"")
+        (folder / name).mkdir() if name == "text_encoder" else (folder / name).write_bytes(b"")
     text = write_card(folder).read_text()
     assert line in text
-    assert text.count("pipeline.load_") == sum(name != "model_index.json" for name in files)
+    assert text.count("pipeline.load_") == len({LORA_FILE, EMBEDDINGS_FILE} & set(files))

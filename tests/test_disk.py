@@ -10,11 +10,13 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from test_methods import run_recipe, words_of
 
 from configs.errors import TisserandError
 from configs.load import load
 from finetune.core import checkpoints
 from finetune.core.models import LORA_FILE
+from finetune.core.run import write_whole
 from finetune.lora import LoraRun, main
 
 
@@ -64,6 +66,28 @@ def test_a_full_disk_leaves_the_checkpoint_before_and_the_run_goes_on_as_if_noth
     expected, got = load_file(whole / LORA_FILE), load_file(ended / LORA_FILE)
     assert all(torch.equal(got[name], value) for name, value in expected.items())
     assert [path.name for path in ended.glob("checkpoint-*")] == ["checkpoint-6"]
+
+
+@pytest.mark.parametrize(("recipe", "weights"), [("lora", LORA_FILE), ("full", "model_index.json")])
+def test_weights_that_find_no_room_are_written_when_there_is(
+    recipe: str, weights: str, toy_sd: Path, captioned_images: Path, tmp_path: Path
+) -> None:
+    words = [*words_of(recipe, toy_sd, captioned_images, tmp_path), "--max_train_steps", "2"]
+    words += ["--checkpointing_steps", "100", "--latent_cache_dir", str(tmp_path / "cache")]
+    run_recipe(recipe, [*words, "--output_dir", str(tmp_path / "whole")])
+    with files_up_to(12288), pytest.raises(TisserandError, match=r"the weights cannot be written \(.*; make room"):
+        run_recipe(recipe, words)
+    assert not (tmp_path / "run" / weights).exists()
+    assert not list((tmp_path / "run").rglob("*.partial"))
+    run_recipe(recipe, words)
+    assert (tmp_path / "run" / weights).read_bytes() == (tmp_path / "whole" / weights).read_bytes()
+
+
+def test_a_text_that_finds_no_room_leaves_the_one_before(tmp_path: Path) -> None:
+    write_whole(tmp_path / "told.json", "{}")
+    with files_up_to(100), pytest.raises(OSError, match="too large"):
+        write_whole(tmp_path / "told.json", "[" + "0, " * 100)
+    assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [("told.json", "{}")]
 
 
 def test_a_full_disk_leaves_both_checkpoints_that_are_kept(tmp_path: Path) -> None:

@@ -186,6 +186,14 @@ def test_a_run_killed_after_it_was_ended_ends_there_again(worse: Path, train: Tr
     assert equal(load_file(again / LORA_FILE), load_file(worse / LORA_FILE))
 
 
+def test_a_run_that_reached_its_end_was_not_ended(worse: Path, train: Train) -> None:
+    told = selection_of(worse)
+    shorter = copy_of(worse, "shorter")
+    train("shorter", *WORSE, "--max_train_steps", told["last_step"])
+    expected = told | {"ended": "", "planned_steps": told["last_step"], "saved_steps": 0}
+    assert selection_of(shorter) == expected
+
+
 def test_the_last_weights_of_a_run_that_was_ended_can_be_had_afterwards(worse: Path, train: Train) -> None:
     last = selection_of(worse)["last_step"]
     kept = copy_of(worse, "kept")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import shlex
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -209,11 +210,31 @@ def test_the_saved_scheduler_is_the_one_that_was_trained(go: Go) -> None:
     assert saved["timestep_spacing"] == "trailing"
 
 
-def test_a_text_encoder_may_be_left_out_and_comes_from_the_base_then(go: Go, toy_sd: Path) -> None:
+def test_a_text_encoder_may_be_left_out_and_comes_from_the_base_then(
+    go: Go, toy_sd: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     folder = go("dreambooth", "--skip_save_text_encoder", "--max_train_steps", 1)
     assert not (folder / "text_encoder").exists()
     base = StableDiffusionPipeline.from_pretrained(toy_sd, safety_checker=None)
     StableDiffusionPipeline.from_pretrained(folder, text_encoder=base.text_encoder, safety_checker=None)
+    # It is no model of its own: no command is named that could not load it, and the card brings the other part.
+    assert "eval.generate" not in capsys.readouterr().out
+    assert "from_pretrained('.', text_encoder=text_encoder)" in (folder / "README.md").read_text()
+    with pytest.raises(UsageError, match="has no text_encoder of its own; give it that of its base model"):
+        load_models(str(folder))
+
+
+def test_the_next_command_is_read_by_a_shell_as_it_is_meant(go: Go, capsys: pytest.CaptureFixture[str]) -> None:
+    prompt = 'a "dry" $HOME slice'
+    folder = go("dreambooth", "--instance_prompt", prompt, "--max_train_steps", 1, folder="a run")
+    words = shlex.split(capsys.readouterr().out.splitlines()[-1])
+    assert words[words.index("--prompts") + 1] == prompt
+    assert words[words.index("--pretrained_model_name_or_path") + 1] == str(folder)
+
+
+def test_class_images_without_a_prior_are_mentioned(go: Go, capsys: pytest.CaptureFixture[str]) -> None:
+    go("lora", "--class_prompt", "b", "--max_train_steps", 1)
+    assert "no prior: --class_prompt and --class_data_dir wait for --with_prior" in capsys.readouterr().out
 
 
 def test_a_model_of_somebody_is_never_taken_for_a_run(go: Go, toy_sd: Path) -> None:
@@ -388,6 +409,9 @@ def test_only_what_learns_is_in_training_mode(go: Go, loaded: list[Models], reci
         ("lora --lora_dropout 1", r"--lora_dropout 1.0: must be in \[0, 1\)"),
         ("lora --text_encoder_lr 1", "--text_encoder_lr 1.0: needs --train_text_encoder"),
         ("full --ema_decay 1", r"--ema_decay 1.0: must be in \[0, 1\)"),
+        ("full --ema_decay 0.5", "--ema_decay 0.5: needs --use_ema"),
+        ("lora --optimizer adafactor --adam_beta1 0.5", "--adam_beta1 0.5: is not for adafactor"),
+        ("lora --prior_prompts_file a.yaml", "--prior_prompts_file a.yaml: needs --with_prior"),
         ("full --use_ema --offload_ema --foreach_ema", "--foreach_ema True: works on the device alone"),
         ("dreambooth --train_text_encoder --skip_save_text_encoder", "--skip_save_text_encoder: what"),
         ("dreambooth --prior_source base_prediction", "--prior_source base_prediction: needs --with_prior"),

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import shlex
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,8 +17,11 @@ import torch
 from safetensors import safe_open
 
 from configs.load import load
+from eval.generate import GenerateConfig
+from eval.generate import main as generate
 from finetune.core.models import LORA_FILE, load_models
 
+TINY_SD = Path(__file__).parents[1] / "assets" / "tiny-sd"
 LAYERS = 128
 """Projections that get adapters: 16 transformer blocks, two attentions in each, four projections in each."""
 SIZES = {
@@ -164,28 +168,43 @@ METHODS = {
 }
 
 
+def train_method(method: str, model: Path, captioned_images: Path, root: Path, more: str = "") -> Path:
+    """Train two steps; return the run folder."""
+    config_class, words = METHODS[method]
+    module = importlib.import_module(f"finetune.{method}")
+    images = root / "images"  # without captions of their own
+    shutil.copytree(captioned_images, images, ignore=shutil.ignore_patterns("metadata.jsonl"))
+    if method in ("full", "lora"):
+        images = captioned_images
+    words = f"--pretrained_model_name_or_path {model} {words.format(images=images)} --output_dir {root}/run"
+    words += f" --max_train_steps 2 --train_batch_size 2 --seed 0 --snr_gamma 5 --report_to none {more}"
+    module.main(load(getattr(module, config_class), words.split()))
+    return root / "run"
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method_trains_a_model_that_predicts_v_as_one(
     method: str, toy_sd_v: Path, captioned_images: Path, tmp_path: Path
 ) -> None:
-    config_class, words = METHODS[method]
-    module = importlib.import_module(f"finetune.{method}")
-    images = tmp_path / "images"  # without captions of their own
-    shutil.copytree(captioned_images, images, ignore=shutil.ignore_patterns("metadata.jsonl"))
-    if method in ("full", "lora"):
-        images = captioned_images
-    words = f"--pretrained_model_name_or_path {toy_sd_v} {words.format(images=images)} --output_dir {tmp_path}/run"
-    words += " --max_train_steps 2 --train_batch_size 2 --seed 0 --snr_gamma 5 --report_to none"
-    if "snr_gamma" not in as_options(getattr(module, config_class)):
-        words = words.replace(" --snr_gamma 5", "")
-    module.main(load(getattr(module, config_class), words.split()))
-    told = json.loads((tmp_path / "run" / "provenance.json").read_text())
+    run = train_method(method, toy_sd_v, captioned_images, tmp_path)
+    told = json.loads((run / "provenance.json").read_text())
     assert told["scheduler"]["prediction_type"] == "v_prediction"
-    saved = tmp_path / "run" / "scheduler" / "scheduler_config.json"
+    saved = run / "scheduler" / "scheduler_config.json"
     assert not saved.is_file() or json.loads(saved.read_text())["prediction_type"] == "v_prediction"
 
 
-def as_options(config_class: type) -> set[str]:
-    from configs.options import options_of
-
-    return set(options_of(config_class))
+@pytest.mark.slow
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_trains_the_embedded_model_and_keeps_what_was_selected(
+    method: str, captioned_images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """With probes watched; the command it names next draws with what it kept."""
+    more = "--drift_probes tiny --drift_steps 1 --learning_rate 1e-4"
+    run = train_method(method, TINY_SD, captioned_images, tmp_path, more)
+    selected = json.loads((run / "selection.json").read_text())
+    assert json.loads((run / "provenance.json").read_text())["steps"] == selected["selected_step"]
+    assert {json.loads(line)["step"] for line in (run / "drift.jsonl").read_text().splitlines()} == {0, 1, 2}
+    words = shlex.split(capsys.readouterr().out.splitlines()[-1])
+    assert words[:3] == ["python", "-m", "eval.generate"]
+    generate(load(GenerateConfig, [*words[3:], "--num_images", "1", "--num_inference_steps", "2"]))
+    assert len((Path(f"{run}-slices") / "records.jsonl").read_text().splitlines()) == 1

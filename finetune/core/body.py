@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Protocol
 
+from safetensors import SafetensorError
+
+from configs.errors import TisserandError
 from finetune.core.averages import Averages
 from finetune.core.batches import Batches, CaptionedBatches, captioned_batches
 from finetune.core.checkpoints import step_of
@@ -83,7 +87,7 @@ def train_and_save(
     heldout: HeldOut,
     says: str,
     save: Callable[[], Path],
-    uses: str,
+    uses: Sequence[str],
     observers: Sequence[Observer] = (),
 ) -> None:
     """Train what learns, let every observer look after each update, save, and say how to generate with it.
@@ -98,7 +102,7 @@ def train_and_save(
         heldout: where held-out images are.
         says: what learns, for the line before the first step.
         save: writes what users load, and returns its path; the main process calls it, with the averages in place.
-        uses: the options with which ``eval.generate`` loads it.
+        uses: the options with which ``eval.generate`` loads it; none where it needs a part of another model.
         observers: of the method's own, beside previews and held-out losses.
     """
     run, models = opened.run, opened.models
@@ -150,11 +154,22 @@ def train_and_save(
         gather(denoiser, learns, averages, keeps=run.is_main)
     if run.is_main:
         with averages.in_place():
-            run.say(f"saved {save()}; next:")
-    run.say(
-        f'  python -m eval.generate {uses} --prompts "{opened.images[0].caption}" --num_images 4 --seed 0 '
-        f"--output_dir {run.folder}-slices"
-    )
+            run.say(f"saved {_saved(save, run)}" + "; next:" * bool(uses))
+    if uses:
+        words = ["--prompts", opened.images[0].caption, "--num_images", "4", "--seed", "0"]
+        run.say(f"  python -m eval.generate {shlex.join([*uses, *words, '--output_dir', f'{run.folder}-slices'])}")
+
+
+def _saved(save: Callable[[], Path], run: Run) -> Path:
+    """Save what users load; a full disk says how to go on, whichever library met it."""
+    try:
+        return save()
+    except (OSError, SafetensorError) as error:
+        reason = " ".join(str(error).split())
+        raise TisserandError(
+            f"{run.folder}: the weights cannot be written ({reason}); make room on the disk first, then the same "
+            "command goes on from the last checkpoint"
+        ) from error
 
 
 def _look(observers: Sequence[Observer], run: Run, step: int) -> None:

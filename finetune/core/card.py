@@ -12,7 +12,7 @@ import yaml
 
 from configs.load import one_line
 from finetune.core.models import EMBEDDINGS_FILE, LORA_FILE
-from finetune.core.run import CARD, CONFIG, ENVIRONMENT, HELDOUT, METRICS, PROVENANCE
+from finetune.core.run import CARD, CONFIG, ENVIRONMENT, HELDOUT, METRICS, PROVENANCE, write_whole
 
 _METHODS = {
     "full": "full fine-tuning",
@@ -50,10 +50,8 @@ def write_card(folder: Path) -> Path:
         "measurement.",
         "## Settings\n\n" + _fenced(settings, "yaml"),
     ]
-    path = folder / CARD
-    partial = path.with_suffix(".partial")
-    partial.write_text("\n\n".join(part for part in parts if part) + "\n", encoding="utf-8")
-    return partial.replace(path)
+    write_whole(folder / CARD, "\n\n".join(part for part in parts if part) + "\n")
+    return folder / CARD
 
 
 def _metadata(base: str, method: str) -> dict[str, Any]:
@@ -122,8 +120,12 @@ def _samples(folder: Path) -> str:
 def _usage(folder: Path, base: str) -> str:
     """Return the lines that load it into a stock pipeline."""
     is_whole = (folder / "model_index.json").is_file()
-    lines = ["from diffusers import StableDiffusionPipeline", ""]
-    lines.append(f"pipeline = StableDiffusionPipeline.from_pretrained({'.' if is_whole else base!r})")
+    lines, given = ["from diffusers import StableDiffusionPipeline", ""], ""
+    if is_whole and not (folder / "text_encoder").is_dir():
+        lines.insert(1, "from transformers import CLIPTextModel")
+        lines.append(f"text_encoder = CLIPTextModel.from_pretrained({base!r}, subfolder='text_encoder')")
+        given = ", text_encoder=text_encoder"
+    lines.append(f"pipeline = StableDiffusionPipeline.from_pretrained({'.' if is_whole else base!r}{given})")
     if (folder / EMBEDDINGS_FILE).is_file() and not is_whole:
         lines.append(f"pipeline.load_textual_inversion({EMBEDDINGS_FILE!r})")
     if (folder / LORA_FILE).is_file():

@@ -388,6 +388,9 @@ class TrainConfig:
             raise refuse("use_8bit_adam", True, f"is AdamW; leave out --optimizer {self.optimizer}")
         if self.optimizer == "prodigy" and self.learning_rate < 0.1:
             raise refuse("learning_rate", self.learning_rate, "prodigy multiplies the rate it finds by this: give 1")
+        for flag in ("adam_beta1", "adam_beta2", "adam_epsilon") if self.optimizer == "adafactor" else ():
+            if getattr(self, flag) != getattr(TrainConfig, flag):
+                raise refuse(flag, getattr(self, flag), "is not for adafactor, which has none")
         if self.fused_backward:
             self._check_fused_backward()
         for flag, value in (("adam_beta1", self.adam_beta1), ("adam_beta2", self.adam_beta2)):

@@ -39,7 +39,7 @@ from finetune.core import checkpoints
 from finetune.core.averages import Averages
 from finetune.core.config import DriftWatchConfig
 from finetune.core.open import Opened
-from finetune.core.run import DRIFT, DRIFT_FOLDER, SELECTION
+from finetune.core.run import DRIFT, DRIFT_FOLDER, SELECTION, write_whole
 from finetune.core.trainable import Learns
 from finetune.core.watch import Watch
 from prompts.probes import read_probes
@@ -194,24 +194,27 @@ class DriftWatch:
         elif chosen is not None:
             kept = chosen.step
             self._put_back(self._path(kept))
+        ended = self.ended if self.last_step < run.planned_steps else ""
         content = {
             "selected_step": kept,
             "last_step": self.last_step,
             "planned_steps": run.planned_steps,
             "saved_steps": run.planned_steps - self.last_step,
-            "ended": self.ended,
+            "ended": ended,
             "reason": reason,
             "policy": self.config.drift_policy,
             "keep": self.config.keep,
             "feasible_steps": [check.step for check in self.checks if check.is_feasible and check.step],
             "cost": self._cost(),
         }
-        (run.folder / SELECTION).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+        write_whole(run.folder / SELECTION, json.dumps(content, indent=1) + "\n")
         run.total_steps = kept
-        saved_steps = f"ended at step {self.last_step}, {content['saved_steps']} of {run.planned_steps} steps saved"
-        if content["saved_steps"]:
-            saved_steps += " (--drift_policy report goes on from there)"
-        run.say(f"drift: {f'{self.ended}: {saved_steps}; ' if self.ended else ''}{reason} ({SELECTION})")
+        if ended:
+            run.say(
+                f"drift: {ended}: ended at step {self.last_step}, {content['saved_steps']} of {run.planned_steps} "
+                "steps saved (--drift_policy report goes on from there)"
+            )
+        run.say(f"drift: {reason} ({SELECTION})")
         run.say(f"drift: {self._cost_in_words()}")
 
     @torch.no_grad()

@@ -93,6 +93,8 @@ class EmaConfig:
         """Check ranges, and options that exclude one another."""
         if not 0 <= self.ema_decay < 1:
             raise refuse("ema_decay", self.ema_decay, "must be in [0, 1)")
+        if self.ema_decay != EmaConfig.ema_decay and not self.use_ema:
+            raise refuse("ema_decay", self.ema_decay, "needs --use_ema")
         if self.offload_ema and self.foreach_ema:
             raise refuse("foreach_ema", True, "works on the device alone; leave out --offload_ema")
 
@@ -140,8 +142,9 @@ class PriorConfig:
         need_positive(num_class_images=self.num_class_images, sample_batch_size=self.sample_batch_size)
         need_not_negative(prior_loss_weight=self.prior_loss_weight)
         if not self.with_prior_preservation:
-            if self.prior_source != "class_images":
-                raise refuse("prior_source", self.prior_source, "needs --with_prior_preservation")
+            for flag, value in (("prior_source", self.prior_source), ("prior_prompts_file", self.prior_prompts_file)):
+                if value not in ("class_images", None):
+                    raise refuse(flag, value, "needs --with_prior_preservation")
             return
         if self.prior_source == "class_images":
             for flag, value in (("class_data_dir", self.class_data_dir), ("class_prompt", self.class_prompt)):

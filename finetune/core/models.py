@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
+import re
 import sys
 import warnings
 from collections.abc import Iterator, Sequence
@@ -236,6 +237,12 @@ def check_folder(name_or_path: str) -> None:
             raise UsageError(
                 f"--pretrained_model_name_or_path {name_or_path}: unet/ holds no safetensors file; pickled weights are "
                 "not read (convert: load in diffusers, save_pretrained(..., safe_serialization=True))"
+            )
+        # As --skip_save_text_encoder saves it.
+        if re.search(r'"text_encoder":\s*\[\s*null', (path / "model_index.json").read_text(encoding="utf-8")):
+            raise UsageError(
+                f"--pretrained_model_name_or_path {name_or_path}: has no text_encoder of its own; give it that of its "
+                "base model, as its README.md does, and save_pretrained(...) the whole"
             )
     elif name_or_path.count("/") != 1 or name_or_path.startswith((".", "/", "~")):
         raise UsageError(f"--pretrained_model_name_or_path {name_or_path}: there is no such folder")

@@ -203,6 +203,8 @@ def with_prior(batches: CaptionedBatches, opened: Opened, config: PriorConfig, *
         InputError: class images that are stale, unreadable, or too few beside a list of them.
     """
     if not config.with_prior_preservation:
+        if config.class_prompt is not None or config.class_data_dir is not None:
+            opened.run.say("note: no prior: --class_prompt and --class_data_dir wait for --with_prior_preservation")
         return batches
     run, models, schedule, learns_text = opened.run, opened.models, opened.schedule, batches.learns_text
     if config.prior_source == "base_prediction":

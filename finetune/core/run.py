@@ -110,7 +110,7 @@ class Run:
         """Add what this run found out about its machine to environment.json."""
         if self.is_main and not self.train.dry_run:
             path = self.folder / ENVIRONMENT
-            path.write_text(json.dumps(_read_json(path) | values, indent=2) + "\n", encoding="utf-8")
+            write_whole(path, json.dumps(_read_json(path) | values, indent=2) + "\n")
 
     def show(self, picture: Image, step: int) -> None:
         """Keep a preview as previews/step-000200.png and hand it to the trackers."""
@@ -183,6 +183,10 @@ def start_run(
         accelerator.wait_for_everyone()
 
         checkpoint = checkpoints.find(folder, train.resume_from_checkpoint)
+        if checkpoint is None and train.resume_from_checkpoint is not None:
+            accelerator.print(
+                f"note: --resume_from_checkpoint latest: {folder} holds no checkpoint; from the beginning"
+            )
         before = checkpoint.parent if checkpoint else folder
         saved, machine = _read_yaml(before / CONFIG), _read_json(before / ENVIRONMENT)
         seed = _choose_seed(train, saved)
@@ -237,10 +241,8 @@ def start_run(
         if "train_batch_size" in now:
             run.say(f"--train_batch_size auto: {train.micro_batch} images a pass, as the run began")
         if run.is_main and not train.dry_run:
-            (folder / CONFIG).write_text(
-                yaml.safe_dump(settings, sort_keys=False, allow_unicode=True), encoding="utf-8"
-            )
-            (folder / ENVIRONMENT).write_text(json.dumps(now, indent=2) + "\n", encoding="utf-8")
+            write_whole(folder / CONFIG, yaml.safe_dump(settings, sort_keys=False, allow_unicode=True))
+            write_whole(folder / ENVIRONMENT, json.dumps(now, indent=2) + "\n")
             _cut_metrics(folder / METRICS, done)
             for begins_at_step_0 in (HELDOUT, DRIFT):
                 _cut_metrics(folder / begins_at_step_0, done if checkpoint else -1)
@@ -378,9 +380,17 @@ def _cut_metrics(path: Path, step: int) -> None:
                 kept.append(line)
         except (json.JSONDecodeError, KeyError, TypeError):
             continue
-    partial = path.with_suffix(".partial")
-    partial.write_text("".join(kept), encoding="utf-8")
-    partial.replace(path)
+    write_whole(path, "".join(kept))
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a text beside its place and rename it: a full disk, or a kill, leaves what was there before."""
+    partial = path.with_name(f"{path.name}.partial")
+    try:
+        partial.write_text(text, encoding="utf-8")
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from finetune.core.averages import Averages
 from finetune.core.models import EMBEDDINGS_FILE, LORA_FILE, PROVENANCE_KEY, Models, as_pipeline
-from finetune.core.run import PROVENANCE, Run
+from finetune.core.run import PROVENANCE, Run, write_whole
 from finetune.core.tokens import NewWord
 from finetune.core.trainable import ADAPTER
 
@@ -134,7 +134,7 @@ def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, st
 
 def _write_provenance(folder: Path, provenance: dict[str, Any]) -> None:
     """Write ``provenance.json``."""
-    (folder / PROVENANCE).write_text(json.dumps(provenance, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    write_whole(folder / PROVENANCE, json.dumps(provenance, indent=2, sort_keys=True) + "\n")
 
 
 def _adapter_tensors(module: nn.Module) -> dict[str, Tensor]:
