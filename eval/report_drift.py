@@ -18,6 +18,8 @@ DRIFT_METRICS = {
     "colourfulness_ratio": "colour",
     "luminance_ratio": "brightness",
     "divergence_ratio": "moved",
+    "clip_similarity": "alike (CLIP)",
+    "dinov2_similarity": "alike (DINOv2)",
 }
 NOTHING: dict[str, Any] = {"value": "-", "share": 0.0}
 

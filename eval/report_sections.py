@@ -16,7 +16,7 @@ import numpy as np
 from eval.memorization_rows import DETECTORS
 from eval.provenance import training_folders
 from eval.report_inputs import Folder, Pictures, Run, part, read_json, shown_name
-from eval.results import Result, Verdict
+from eval.results import VERDICTS, Result, Verdict
 from eval.verdicts import worst
 
 WORDS: dict[Verdict, str] = {"ok": "in order", "warn": "look closer", "stop": "stop", "grey": "not measured"}
@@ -28,6 +28,7 @@ LABELS = {
     "accuracy_axis": "axis read correctly",
     "agreement_state": "state as asked for",
     "agreement_axis": "axis as asked for",
+    "coloured": "slices that are not grey",
     "kid": "distance (KID)",
     "kid_floor_ratio": "distance / real to real",
     "held_out": "held-out real",
@@ -119,6 +120,8 @@ def _box(question: Question, folders: Sequence[Folder], run: Run | None) -> dict
     ]
     rows = [row for _, found in checks for row in found]
     box = {"title": question.title, "text": question.text, "command": ""}
+    if not rows and question.module == "eval.drift" and (seen := _seen_while_it_learned(run)):
+        return {**box, **seen}
     if not rows:
         verdict: Verdict = "grey"
         reason = f"No results of {question.module} were given. The command:"
@@ -135,6 +138,21 @@ def _box(question: Question, folders: Sequence[Folder], run: Run | None) -> dict
             all_of_them = ", ".join(f"{name} {WORDS[one]}" for (name, _), one in zip(checks, judged, strict=True))
             reason = f"{all_of_them}. {name}: {reason}"
     return {**box, "verdict": verdict, "word": WORDS[verdict], "reason": reason}
+
+
+def _seen_while_it_learned(run: Run | None) -> dict[str, str]:
+    """Return verdict and reason of the run's own check of the weights that it kept, else its last one; or nothing."""
+    checks = [record for record in (run.drift if run else ()) if record.get("kind") == "check"]
+    kept = [check for check in checks if run and check.get("step") == run.selection.get("selected_step")]
+    check = (kept or checks or [{}])[-1]
+    verdict = next((known for known in VERDICTS if known == check.get("verdict")), None)
+    if verdict is None:
+        return {}
+    value = check.get("value")
+    shown = f", {str(check.get('unit')).replace('_', ' ')} {value:.2f}" if isinstance(value, int | float) else ""
+    why = f" {_sentence(str(check['reason']).replace('_', ' '))}." if check.get("reason") else ""
+    reason = f"By the run's own check at step {check.get('step')}. Worst prompt: {check.get('prompt')}{shown}.{why}"
+    return {"verdict": verdict, "word": WORDS[verdict], "reason": reason}
 
 
 def _why(rows: Sequence[Result], verdict: Verdict) -> str:
@@ -238,8 +256,19 @@ def _volume(volume: Mapping[str, Any]) -> dict[str, Any]:
         "split": f"along {split.get('axis')}: {', '.join(regions)}" if regions else "none",
         "map": _split_map(volume, split),
         "length": f"{split['correlation_length']} voxels" if "correlation_length" in split else "unknown",
+        "independent": _independent(part(volume, "audit")),
         "sha256": str(volume.get("sha256", ""))[:12],
     }
+
+
+def _independent(audit: Mapping[str, Any]) -> str:
+    """Write how many slices of each direction are independent of their neighbours."""
+    found = {axis: part(audit, axis) for axis in audit}
+    return ", ".join(
+        f"{axis} {one['effective_number']:.0f} of {one['num_slices']}"
+        for axis, one in found.items()
+        if _numbers([one.get("effective_number"), one.get("num_slices")])
+    )
 
 
 def _split_map(volume: Mapping[str, Any], split: Mapping[str, Any]) -> list[dict[str, Any]]:

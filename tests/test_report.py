@@ -65,6 +65,7 @@ def write_dataset(folder: Path) -> Path:
         "voxel_um": [80.0, 80.0, 80.0],
         "window": {"low": 12817.0, "high": 52431.0},
         "split": {"axis": "x", "train": [0, 181], "guard": [181, 208], "validation": [208, 288]},
+        "audit": {"warp": {"num_slices": 56, "effective_number": 15.6}},
     }
     write_manifest(folder, {"volumes": [volume], "counts": {"train": {"dry warp": 12}, "validation": {"dry warp": 5}}})
     return folder
@@ -159,7 +160,9 @@ def watch_run(run: Path, prompt: str = "two zebras", name: str = "G0") -> Path:
         lines.append({"step": step, "kind": "pulse", "ratio": step / 400, "prompts": {}, "seconds": 0.1})
         row = {"metric": "retention", "set": name, "value": kept, "low": kept - 0.1, "high": min(1, kept + 0.1)}
         band = {"metric": "retention_aa", "set": name, "value": 0.98, "low": 0.9, "high": 1.0}
-        lines.append({"step": step, "kind": "check", "rows": [row, {**row, "prompt": prompt}, band], "seconds": 1})
+        overall = {"verdict": "stop" if kept < 0.5 else "ok", "prompt": prompt, "unit": "retention", "value": kept}
+        rows = [row, {**row, "prompt": prompt}, band]
+        lines.append({"step": step, "kind": "check", **overall, "rows": rows, "seconds": 1})
     (run / "drift.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     selection = {"selected_step": 100, "last_step": 200, "planned_steps": 600, "ended": "drift", "reason": prompt}
     (run / "selection.json").write_text(json.dumps({**selection, "cost": {"share": 0.04}}))
@@ -365,6 +368,29 @@ def test_a_watched_run_shows_curves_marks_and_what_was_kept(tmp_path: Path) -> N
     assert sum(b"base, A/A" in picture for picture in pictures) == 1
     heat = text.partition('<table class="heat looks">')[2].partition("</table>")[0]
     assert re.findall(r">([\d.]+)</td>", heat) == ["1.00", "0.90", "0.20"]
+
+
+def test_the_drift_box_of_a_watched_run_says_what_the_run_saw_of_the_weights_it_kept(tmp_path: Path) -> None:
+    run = watch_run(write_run(tmp_path / "lora", write_dataset(tmp_path / "weave")))
+    text = render(tmp_path / "report.html", run)
+    assert Page(text).boxes == ["grey", "grey", "ok", "grey"]
+    assert "own check at step 100. Worst prompt: two zebras, retention 0.90." in text.replace("&#39;", "'")
+    checked = render(tmp_path / "checked.html", run, write_drift(tmp_path / "drift"))
+    assert Page(checked).boxes == ["grey", "grey", "stop", "grey"]
+
+
+def test_the_dataset_box_says_how_many_slices_are_independent(whole: str) -> None:
+    assert "<dt>independent slices</dt><dd>warp 16 of 56</dd>" in whole
+
+
+def test_what_an_encoder_saw_of_drift_is_on_the_page(tmp_path: Path) -> None:
+    folder = write_drift(tmp_path / "drift")
+    rows = read_results(folder / "results.jsonl")
+    alike = replace(rows[3], metric="dinov2_similarity", value=0.4321, tier="B")
+    write_results(folder / "results.jsonl", [*rows, alike])
+    text = render(tmp_path / "report.html", None, folder)
+    assert "<th>alike (DINOv2)</th>" in text
+    assert ">0.43" in text
 
 
 def test_a_film_has_a_frame_per_check_after_the_base(tmp_path: Path) -> None:
