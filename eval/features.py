@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
 Grey = NDArray[np.uint8]
 
+DEEP_MODES = {"I", "F", "I;16", "I;16B", "I;16L", "I;16N"}
+"""Pillow's names of pixels of more than 8 bits, which it would cut off at 255."""
 FLAT_RANGE = 4
 """A tile whose grey levels span less than this (of 255) is padding or a scanner gap and shows no material."""
 
@@ -94,6 +96,8 @@ def read_grey(path: Path) -> Grey:
     """
     try:
         with Image.open(path) as picture:
+            if picture.mode in DEEP_MODES:
+                raise InputError(f"{path}: {picture.mode} pixels, not 8 bits; slices come as 8-bit PNG")
             return to_grey(np.asarray(picture.convert("RGB") if picture.mode not in {"L", "RGB"} else picture))
     except FileNotFoundError:
         raise InputError(f"{path}: there is no such picture; the list that names it is out of date") from None

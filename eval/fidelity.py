@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from eval.slice_classifier import Reading, SliceClassifier
     from eval.slice_sets import Generated, RealSlices
 
+GREY_LEVELS = 2.0  # mean distance of the channels of a picture, beyond which it is not grey
 MOST_FOR_THRESHOLD = 200  # tiles of a state; their pixels are enough for a threshold
 
 
@@ -129,6 +130,7 @@ def main(config: FidelityConfig) -> None:
     accuracies = [row for row in rows if row.metric.startswith("accuracy_")]
     rows += swap_rows(sets.generated, {head: why_not_believed(head, accuracies, sets, naming) for head in HEADS})
     rows += _own_reading(config, real, generated, naming)
+    rows.append(coloured_row([picture.path for picture in generated.pictures]))
     compared = _describe_sets(drawn, naming, round_trips)
     draws, grey = config.slices.bootstrap_draws, sets.leak_unchecked
     rows += descriptor_rows(compared, naming, grey, draws=draws, seed=config.slices.seed)
@@ -420,6 +422,23 @@ def _own_reading(config: FidelityConfig, real: RealSlices, generated: Generated,
     truth = numbers(cut.label for cut in cuts.values())
     draws = config.slices.bootstrap_draws
     return own_classifier_rows(losses, truth, numbers(labels), blocks, draws=draws, seed=config.slices.seed)
+
+
+def coloured_row(paths: Sequence[Path]) -> Result:
+    """Return the share of pictures that are not grey: everything else reads the mean of their channels."""
+    import numpy as np
+    from PIL import Image
+
+    from eval.results import Result
+
+    spreads = []
+    for path in paths:
+        with Image.open(path) as opened:
+            picture = np.asarray(opened.convert("RGB")).astype(int)
+        spreads.append(float((picture.max(axis=2) - picture.min(axis=2)).mean()))
+    reason = f"channels more than {GREY_LEVELS:g} grey levels apart; {np.mean(spreads):.1f} over all; shown, not judged"
+    share = float(np.mean(np.array(spreads) > GREY_LEVELS))
+    return Result(metric="coloured", set="generated", value=share, n=len(paths), unit="share", reason=reason)
 
 
 def _summary(rows: Sequence[Result]) -> Iterable[str]:

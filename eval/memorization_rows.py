@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from scipy.stats import binomtest, mannwhitneyu
@@ -17,6 +17,7 @@ from scipy.stats import binomtest, mannwhitneyu
 from eval.copies import Matches, Threshold, calibrate
 from eval.distances import Floats, Interval, Ints, Sample, auc_interval, block_bootstrap, one_a_block
 from eval.results import Result, Verdict
+from eval.slice_sets import CORRELATION_LENGTHS
 
 if TYPE_CHECKING:
     from eval.features import Tiles
@@ -123,16 +124,35 @@ class Searched:
 
 
 def split_audit(dataset: Path) -> Result:
-    """Check that no training slice shares a voxel with a held-out one, and that no picture is there twice."""
+    """Check that no training slice shares a voxel with a held-out one or is there twice, and how thick the guard is."""
     from data_prep.verify import verify
 
     problems = verify(dataset, decode=False).problems
     row = Result(metric="split_audit", set="control", value=float(len(problems)), n=1, unit="problems", verdict="ok")
     if not problems:
-        return row
+        thin = _thin_guard(dataset)
+        return replace(row, verdict="warn", reason=thin) if thin else row
     return replace(
         row, verdict="stop", reason=f"{problems[0]}" + (f" and {len(problems) - 1} more" if problems[1:] else "")
     )
+
+
+def _thin_guard(dataset: Path) -> str:
+    """Say which guard slab is too thin for what lies behind it to be independent of what was trained on, or nothing."""
+    from data_prep.manifest import MANIFEST_NAME, read_manifest
+
+    volumes: Any = read_manifest(dataset).get("volumes") if (dataset / MANIFEST_NAME).is_file() else []
+    for volume in volumes if isinstance(volumes, list) else []:
+        split = (volume.get("split") or {}) if isinstance(volume, dict) else {}
+        guard, length = split.get("guard"), split.get("correlation_length")
+        if not (isinstance(guard, list) and len(guard) == 2 and isinstance(length, int | float)):
+            continue
+        if guard[1] - guard[0] < CORRELATION_LENGTHS * length:
+            return (
+                f"the guard of {volume.get('name')} has {guard[1] - guard[0]} voxels, less than {CORRELATION_LENGTHS} "
+                f"correlation lengths of {length:g}: the held-out slices nearest to it are near copies"
+            )
+    return ""
 
 
 def memorization_rows(
@@ -330,6 +350,9 @@ def _verdict(rows: Sequence[Result], is_blind: bool, num_trained: int) -> Result
         return replace(result, verdict="warn", reason=reason)
     if tripped:
         return replace(result, verdict="stop", reason=f"copies likely ({names})")
+    if audit := next((row.reason for row in rows if row.metric == "split_audit" and row.verdict == "stop"), ""):
+        why = f"held-out slices are no measure of what a copy is: {audit}"
+        return replace(result, value=None, verdict="grey", reason=why)
     if is_blind or not any(row.metric.endswith("_copies") for row in judged):
         why = next((row.reason for row in rows if row.metric.endswith("_copies") and not row.prompt), "detector blind")
         return replace(result, value=None, verdict="grey", reason=why)

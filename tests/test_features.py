@@ -89,6 +89,12 @@ def test_an_unreadable_picture_is_one_clear_line(tmp_path: Path, content: bytes 
         read_grey(tmp_path / "a.png")
 
 
+def test_a_picture_of_16_bits_is_refused_and_not_cut_off_at_255(tmp_path: Path) -> None:
+    Image.fromarray(np.full((8, 8), 4000, dtype=np.uint16)).save(tmp_path / "deep.png")
+    with pytest.raises(InputError, match=r"deep.png: I;16 pixels, not 8 bits"):
+        read_grey(tmp_path / "deep.png")
+
+
 def test_drawn_cuts_take_blocks_in_turn_and_depend_on_the_seed_alone() -> None:
     cuts = [cut(Path(f"{block}{i}.png"), block=block) for block in "abc" for i in range(10)]
     drawn = draw_cuts(cuts, 6, seed=1)

@@ -12,7 +12,7 @@ from PIL import Image
 from configs.errors import InputError, NothingLeftError, UsageError
 from data_prep.manifest import SliceRow, write_manifest, write_rows
 from eval.config import SlicesConfig
-from eval.fidelity import FidelityConfig, main
+from eval.fidelity import FidelityConfig, coloured_row, main
 from eval.fidelity_rows import Naming, Seen, Sets, fidelity_rows
 from eval.results import Result, read_results
 from eval.slice_sets import read_real, real_cuts
@@ -148,6 +148,16 @@ def test_the_confusion_of_generated_slices_sums_to_the_pictures(checked: Path) -
     for head in ("state", "axis"):
         assert np.sum(tables[head]["generated"]) == 4 * 34
         assert np.sum(tables[head]["held_out"], axis=1).tolist() == [2 * 34, 2 * 34]
+
+
+def test_slices_that_are_not_grey_are_counted(tmp_path: Path) -> None:
+    for number, apart in enumerate((0, 1, 3, 40)):
+        picture = np.full((8, 8, 3), 100, dtype=np.uint8)
+        picture[..., 2] += apart
+        Image.fromarray(picture).save(tmp_path / f"{number}.png")
+    row = coloured_row(sorted(tmp_path.glob("*.png")))
+    assert (row.value, row.n, row.verdict) == (0.5, 4, "grey")
+    assert "; 11.0 over all;" in row.reason
 
 
 def test_rows_name_what_they_depend_on_and_how_to_get_them_again(checked: Path) -> None:

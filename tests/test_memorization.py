@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from eval.config import SlicesConfig
 from eval.copies import Matches, planted
 from eval.features import Tiles
 from eval.memorization import MemorizationConfig, main
-from eval.memorization_rows import Agreement, Detector, LossGap, Searched, Side, memorization_rows
+from eval.memorization_rows import Agreement, Detector, LossGap, Searched, Side, memorization_rows, split_audit
 from eval.results import Result, read_results
 from prompts.captions import caption
 
@@ -60,7 +61,8 @@ def judged(*detectors: Detector, num_trained: int = 1000, **changes: object) -> 
     )
     settings = {"loss_gap": None, "no_model": "no model", **changes}
     searched = replace(searched, agreement=settings.pop("agreement", searched.agreement))  # type: ignore[arg-type]
-    audit = Result(metric="split_audit", set="control", value=0.0, verdict="ok")
+    sound = Result(metric="split_audit", set="control", value=0.0, verdict="ok")
+    audit = settings.pop("audit", sound)
     rows = memorization_rows(searched, audit=audit, num_trained=num_trained, draws=100, seed=0, **settings)  # type: ignore[arg-type]
     return {row.metric: row for row in rows if not row.prompt}
 
@@ -96,6 +98,32 @@ def test_a_few_trained_slices_are_expected_to_be_copied() -> None:
     row = judged(detector(copied=0.5), num_trained=9)["memorisation"]
     assert row.verdict == "warn"
     assert row.reason.startswith("few-shot: copies likely, as to be expected from 9 training slices")
+
+
+LEAKS = Result(metric="split_audit", set="control", value=1.0, verdict="stop", reason="boxes share voxels")
+
+
+def test_a_split_that_leaks_leaves_no_claim_of_no_copies() -> None:
+    """Held-out tiles that were trained on set a threshold which copies stay below."""
+    verdict = judged(detector(), audit=LEAKS)["memorisation"]
+    assert (verdict.verdict, verdict.value) == ("grey", None)
+    assert verdict.reason.endswith("boxes share voxels")
+
+
+def test_copies_are_said_even_of_a_split_that_leaks() -> None:
+    assert judged(detector(copied=0.5), audit=LEAKS)["memorisation"].verdict == "stop"
+
+
+@pytest.mark.parametrize(("guard", "verdict"), [([64, 91], "ok"), ([64, 90], "warn")])
+def test_a_guard_thinner_than_three_correlation_lengths_is_a_warning(
+    dataset: Path, tmp_path: Path, guard: list[int], verdict: str
+) -> None:
+    shutil.copytree(dataset, tmp_path / "weave")
+    split = {"guard": guard, "correlation_length": 9}
+    write_manifest(tmp_path / "weave", {"volumes": [{"name": "dry", "split": split}]})
+    row = split_audit(tmp_path / "weave")
+    assert row.verdict == verdict
+    assert ("26 voxels, less than 3 correlation lengths of 9" in row.reason) == (verdict == "warn")
 
 
 def test_without_held_out_tiles_nothing_is_claimed() -> None:
