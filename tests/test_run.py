@@ -48,7 +48,7 @@ def test_an_access_token_is_in_no_file_of_the_run(
     [
         ({"ACCELERATE_USE_FSDP": "true"}, "accelerate launch with fsdp_version: 1: must be 2"),
         ({"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}, "nothing to split over; use 2 or more"),
-        ({"ACCELERATE_USE_DEEPSPEED": "true"}, "accelerate launch with DeepSpeed: its engine clips and steps"),
+        ({"ACCELERATE_USE_DEEPSPEED": "true"}, "accelerate launch with DeepSpeed: "),
         ({"ACCELERATE_MIXED_PRECISION": "fp8"}, "--mixed_precision fp8: must be one of no, fp16, bf16"),
         ({"ACCELERATE_MIXED_PRECISION": "fp16"}, "--mixed_precision fp16: needs a GPU"),
     ],

@@ -26,6 +26,7 @@ from torch.optim import Optimizer
 
 from configs.errors import InputError, TisserandError, UsageError
 from finetune.core.sharding import gathered, shared_as
+from finetune.core.zero import Moment, put_state, state_of
 
 _NAME = re.compile(r"checkpoint-(\d+)")
 
@@ -163,7 +164,7 @@ def read(
                 if key.startswith(prefix):
                     entries[key.removeprefix(prefix)] = shared_as(value, parameter)
             if entries:
-                optimizer.state[parameter] = entries
+                put_state(optimizer, parameter, entries)
     for group, numbers in zip(optimizer.param_groups, state["optimizer_groups"], strict=True):
         group.update(numbers)
     return state
@@ -191,13 +192,13 @@ def _group_numbers(optimizer: Optimizer) -> list[dict[str, float]]:
 
 def _optimizer_state(
     parameters: Mapping[str, nn.Parameter], optimizer: Optimizer
-) -> tuple[dict[str, Tensor], dict[str, dict[str, object]]]:
+) -> tuple[dict[str, Tensor | Moment], dict[str, dict[str, object]]]:
     """Split the optimizer's state, by parameter name, into tensors and plain numbers."""
-    tensors: dict[str, Tensor] = {}
+    tensors: dict[str, Tensor | Moment] = {}
     scalars: dict[str, dict[str, object]] = {}
     for name, parameter in parameters.items():
-        for key, value in optimizer.state.get(parameter, {}).items():
-            if isinstance(value, Tensor):
+        for key, value in state_of(optimizer, parameter).items():
+            if isinstance(value, Tensor | Moment):
                 tensors[f"{name}/{key}"] = value
             else:
                 scalars.setdefault(name, {})[key] = value

@@ -62,13 +62,9 @@ def make_accelerator(train: TrainConfig, folder: Path) -> Accelerator:
         raise UsageError(f"--mixed_precision {precision}: must be one of no, fp16, bf16 (the launcher asks for it)")
     if precision == "fp16" and not torch.cuda.is_available():
         raise UsageError("--mixed_precision fp16: needs a GPU; use bf16 or no")
-    if os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() in ("true", "1"):
-        raise UsageError(
-            "accelerate launch with DeepSpeed: its engine clips and steps by itself in the backward pass, and keeps "
-            "weights and moments in nameless pieces; use configs/accelerate/fsdp.yaml, which splits as much"
-        )
     started = int(os.environ.get("WORLD_SIZE", 0)) or _asked_of_launcher()
-    with patch_environment(accelerate_use_fsdp="false"):  # finetune.core.sharding does it, on any device
+    # finetune.core.sharding and finetune.core.zero do it, on any device.
+    with patch_environment(accelerate_use_fsdp="false", accelerate_use_deepspeed="false"):
         accelerator = Accelerator(
             # Without a GPU accelerate connects torchrun's processes only if told; each would train alone, as rank 0.
             cpu=started > 1 and not torch.accelerator.is_available(),

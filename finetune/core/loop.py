@@ -7,7 +7,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from accelerate.utils import gather_object
@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from configs.errors import TisserandError, UsageError
 from configs.load import Terminated
-from finetune.core import checkpoints
+from finetune.core import checkpoints, zero
 from finetune.core.batches import Batches, Update
 from finetune.core.compilation import compile_blocks
 from finetune.core.config import TrainConfig
@@ -104,8 +104,11 @@ def train(
         shard(denoiser, learns, averages, accelerator)
     parameters, bare_optimizer = learns.parameters, make_optimizer(learns, config)
     factor = learning_rate_factor(config, run.total_steps)
-    model, optimizer = denoiser, bare_optimizer
-    if not run.is_sharded:
+    model, optimizer = denoiser, cast(Any, bare_optimizer)
+    if run.zero_stage:
+        stage, largest = run.zero_stage, config.max_grad_norm
+        model, optimizer = zero.split(denoiser, bare_optimizer, accelerator, stage=stage, largest=largest)
+    elif not run.is_sharded:
         model, optimizer = accelerator.prepare(denoiser, bare_optimizer)
     model.train()
     done, window, elapsed_s = 0, _Window(), 0.0
@@ -138,9 +141,12 @@ def train(
             update = batches.update(number - 1)
             if fused:
                 fused.begin(shares)
-            value, per_image = _backward(accelerator, model, loss, update)
+            value, per_image = _backward(run, model, loss, update)
             _rest(learns, shares)
-            norm = fused.norm() if fused else clip(accelerator, parameters, config.max_grad_norm)
+            if run.zero_stage:  # which clips as it steps
+                norm = optimizer.scaled_global_norm()
+            else:
+                norm = fused.norm() if fused else clip(accelerator, parameters, config.max_grad_norm)
             window.losses.append(value)
             window.norms.append(norm.detach())
             window.per_image.append((number, per_image))
@@ -203,16 +209,17 @@ def reading_waits_for_nothing(device: torch.device) -> bool:
     return device.type == "cpu"
 
 
-def _backward(accelerator: Any, model: nn.Module, loss: Loss, update: Update) -> tuple[Tensor, list[Tensor]]:
+def _backward(run: Run, model: nn.Module, loss: Loss, update: Update) -> tuple[Tensor, list[Tensor]]:
     """Run the forward and backward passes of one update; return its mean loss and the losses of its images."""
-    per_image = []
+    accelerator, per_image = run.accelerator, []
     # DDP averages gradients over processes; the loss wants their sum.
     share = accelerator.num_processes / update.weight
     for place, batch in enumerate(update.batches, start=1):
         is_last = place == len(update.batches)
-        with nullcontext() if is_last else no_sync(accelerator, model):
+        with nullcontext() if is_last or run.zero_stage else no_sync(accelerator, model):
             losses = loss(model, batch)
-            accelerator.backward((losses * batch.weights).sum() * share)
+            value = (losses * batch.weights).sum() * share
+            zero.backward(model, value, is_last=is_last) if run.zero_stage else accelerator.backward(value)
         per_image.append((losses * batch.weights).detach())
     return torch.cat(per_image).sum() * share, per_image
 

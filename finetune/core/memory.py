@@ -17,6 +17,7 @@ from torch.utils._pytree import tree_map_only
 
 from configs.errors import TisserandError
 from finetune.core.config import TrainConfig
+from finetune.core.zero import BUCKET
 
 if TYPE_CHECKING:
     from finetune.core.batches import Batch, Batches
@@ -67,6 +68,12 @@ def check_memory(
     if run.is_sharded:  # measured as a whole, split afterwards
         split = {name: getattr(need, name) // accelerator.num_processes for name in ("gradients", "optimizer")}
         need = dataclasses.replace(need, **split)
+    elif run.zero_stage:  # beside the moments a copy of the weights, and beside a share of the gradients what comes in
+        whole, share = need.gradients, need.gradients // accelerator.num_processes
+        gradients = min(4 * BUCKET, whole) + share + (whole if run.zero_stage == 1 else share)
+        need = dataclasses.replace(
+            need, gradients=gradients, optimizer=need.optimizer // accelerator.num_processes + share
+        )
     elif accelerator.num_processes > 1:  # the buckets in which gradients are averaged
         need = dataclasses.replace(need, gradients=2 * need.gradients)
     free, sharing = free_here(accelerator.device)

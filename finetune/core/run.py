@@ -20,7 +20,7 @@ from accelerate import Accelerator
 
 import configs.load
 from configs.errors import TisserandError, UsageError
-from finetune.core import checkpoints, sharding
+from finetune.core import checkpoints, sharding, zero
 from finetune.core.config import CHANGEABLE, TrainConfig
 from finetune.core.launch import check_launch, environment, make_accelerator, set_threads
 from finetune.core.memory import advice, is_out_of_memory
@@ -62,6 +62,7 @@ class Run:
         config_hash: SHA-256 over the settings that can change what is learned.
         checkpoint: to continue from, or None.
         is_sharded: what is trained is split over the processes.
+        zero_stage: of DeepSpeed, which splits its moments (1) and gradients (2); 0 without it.
         began: environment.json of the run that is continued.
         inputs: hashes of what is read after the start, by option; a checkpoint goes on with the same ones alone.
     """
@@ -75,6 +76,7 @@ class Run:
     checkpoint: Path | None
     lock: TextIO | None
     is_sharded: bool = False
+    zero_stage: int = 0
     began: dict[str, Any] = field(default_factory=dict)
     planned_steps: int = field(init=False)
     inputs: dict[str, str] = field(default_factory=dict)
@@ -165,13 +167,15 @@ def start_run(
     """
     folder = train.output_dir
     check_launch(train)
-    is_sharded = sharding.is_asked()
+    is_sharded, zero_stage = sharding.is_asked(), zero.stage_asked()
     if train.dry_run and train.overwrite:
         raise UsageError("--dry_run: changes nothing; leave out --overwrite, which clears the folder")
     accelerator = make_accelerator(train, folder)
     threads = set_threads(accelerator)
     if is_sharded:
         sharding.check_settings(configs.load.as_dict(config), accelerator)
+    if zero_stage:
+        zero.check_settings(configs.load.as_dict(config), accelerator)
     if train.local_rank not in (None, -1, accelerator.local_process_index):
         place = accelerator.local_process_index
         print(f"note: --local_rank {train.local_rank}: this process is {place} on its machine, as the launcher says")
@@ -233,6 +237,7 @@ def start_run(
             checkpoint=checkpoint,
             lock=lock,
             is_sharded=is_sharded,
+            zero_stage=zero_stage,
             began=machine if checkpoint else {},
         )
         if checkpoint and machine.get("threads") != threads:

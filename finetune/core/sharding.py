@@ -22,6 +22,7 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from configs.errors import UsageError
+from finetune.core.zero import Moment
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -145,11 +146,11 @@ def _take_up(denoiser: nn.Module, learns: Learns, averages: Averages | None) -> 
         averages.begin()
 
 
-def gathered(tensors: Mapping[str, Tensor], *, keeps: bool) -> dict[str, Tensor]:
+def gathered(tensors: Mapping[str, Tensor | Moment], *, keeps: bool) -> dict[str, Tensor]:
     """Return tensors whole and on the CPU to the process that ``keeps`` them; where one is split, all must call it."""
     found = {}
     for name, value in tensors.items():
-        whole = value.full_tensor() if isinstance(value, DTensor) else value
+        whole = value.full_tensor() if isinstance(value, DTensor | Moment) else value
         if keeps:
             found[name] = whole.detach().cpu().contiguous()
     return found
