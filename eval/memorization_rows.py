@@ -181,7 +181,7 @@ def memorization_rows(
     for detector in searched.detectors:
         found, is_blind = _detector_rows(detector, searched, draws=draws, seed=seed)
         rows += found
-        blind.append(is_blind)
+        blind += [DETECTORS[detector.name]] if is_blind else []
     if not searched.detectors:
         why = "; ".join(searched.notes) or "there are no held-out tiles to set a threshold"
         weightless = ("ncc", "copy_net")
@@ -189,7 +189,7 @@ def memorization_rows(
     rows += _raw_rows(searched.sscd_cosines)
     rows += _agreement_rows(searched.agreement)
     rows += _loss_rows(loss_gap, no_model, draws=draws, seed=seed)
-    return [_verdict(rows, all(blind), num_trained), *rows]
+    return [_verdict(rows, blind, len(searched.detectors), num_trained), *rows]
 
 
 def _raw_rows(cosines: Floats | None) -> list[Result]:
@@ -339,8 +339,8 @@ def _loss_rows(gap: LossGap | None, no_model: str, *, draws: int, seed: int) -> 
     ]
 
 
-def _verdict(rows: Sequence[Result], is_blind: bool, num_trained: int) -> Result:
-    """Return the row of the whole check."""
+def _verdict(rows: Sequence[Result], blind: Sequence[str], num_detectors: int, num_trained: int) -> Result:
+    """Return the row of the whole check; ``blind`` names the detectors that are."""
     judged = [row for row in rows if row.set == "generated" and not row.prompt and row.verdict in {"ok", "stop"}]
     tripped = [row for row in judged if row.verdict == "stop"]
     names = ", ".join(row.metric.replace("_", " ") for row in tripped)
@@ -353,10 +353,11 @@ def _verdict(rows: Sequence[Result], is_blind: bool, num_trained: int) -> Result
     if audit := next((row.reason for row in rows if row.metric == "split_audit" and row.verdict == "stop"), ""):
         why = f"held-out slices are no measure of what a copy is: {audit}"
         return replace(result, value=None, verdict="grey", reason=why)
-    if is_blind or not any(row.metric.endswith("_copies") for row in judged):
+    if len(blind) == num_detectors or not any(row.metric.endswith("_copies") for row in judged):
         why = next((row.reason for row in rows if row.metric.endswith("_copies") and not row.prompt), "detector blind")
         return replace(result, value=None, verdict="grey", reason=why)
-    return replace(result, verdict="ok", reason="no sign of copies")
+    rest = f"; detector blind: {', '.join(blind)}" if blind else ""
+    return replace(result, verdict="ok", reason=f"no sign of copies{rest}")
 
 
 def _too_few(detector: Detector, tested: Side) -> str:

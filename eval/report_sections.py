@@ -178,7 +178,7 @@ def _finding(row: Result) -> str:
         "two_sample_auc": f"A classifier tells {value:.0%} of pairs apart",
         "memorisation": f"{_sentence(row.reason)}",
         "worst_prompt": f"Worst prompt: {row.prompt}, {row.unit.replace('_', ' ')} {value:.2f}",
-    }.get(row.metric, f"{_sentence(row.metric.replace('_', ' '))} {value:.2f}")
+    }.get(row.metric, f"{_sentence(LABELS.get(row.metric, row.metric.replace('_', ' ')))} {value:.2f}")
     if row.metric == "memorisation":
         return f"{text}."
     why = f": {row.reason.replace('_', ' ')}" if row.reason and row.verdict != "ok" else ""

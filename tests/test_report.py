@@ -204,6 +204,14 @@ def test_a_box_without_results_names_the_command_with_the_paths_that_are_known(t
     assert f"--real {tmp_path / 'weave'} --generated" in render(tmp_path / "report.html", run)
 
 
+def test_a_verdict_names_its_measures_as_the_tables_do(tmp_path: Path) -> None:
+    folder = write_fidelity(tmp_path / "fidelity")
+    rows = [replace(row, metric="swap_state", value=0.86, verdict="ok", prompt="") for row in
+            read_results(folder / "results.jsonl")[:1]]  # fmt: skip
+    write_results(folder / "results.jsonl", rows)
+    assert "<p>State follows its word 0.86.</p>" in render(tmp_path / "report.html", None, folder)
+
+
 def test_nothing_on_the_page_leaves_it(whole: str) -> None:
     page = Page(whole)
     assert len(page.addresses) > 5
