@@ -142,9 +142,10 @@ class PriorConfig:
         need_positive(num_class_images=self.num_class_images, sample_batch_size=self.sample_batch_size)
         need_not_negative(prior_loss_weight=self.prior_loss_weight)
         if not self.with_prior_preservation:
-            for flag, value in (("prior_source", self.prior_source), ("prior_prompts_file", self.prior_prompts_file)):
-                if value not in ("class_images", None):
-                    raise refuse(flag, value, "needs --with_prior_preservation")
+            if self.prior_source != "class_images":
+                raise refuse("prior_source", self.prior_source, "needs --with_prior_preservation")
+            if self.prior_prompts_file is not None:
+                raise refuse("prior_prompts_file", self.prior_prompts_file, "needs --with_prior_preservation")
             return
         if self.prior_source == "class_images":
             for flag, value in (("class_data_dir", self.class_data_dir), ("class_prompt", self.class_prompt)):
