@@ -6,6 +6,7 @@ these numbers of pictures and is shown with N, never judged.
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 from collections.abc import Mapping
 from dataclasses import replace
@@ -72,6 +73,13 @@ def check_torch_fidelity() -> None:
     missing = [name for name in ("torch_fidelity", "torchvision") if importlib.util.find_spec(name) is None]
     if missing:
         raise UsageError(f"--torch_fidelity: {' and '.join(missing)} not installed; pip install torch-fidelity")
+    try:
+        importlib.import_module("torch_fidelity")
+    except (ImportError, RuntimeError, OSError) as error:  # a torchvision built for another torch
+        why = " ".join(str(error).split())
+        raise UsageError(
+            f"--torch_fidelity: it cannot be imported ({why}); install the torchvision made for this torch"
+        ) from None
 
 
 def _torch_fidelity_rows(real: Floats, generated: Floats, *, seed: int) -> list[Result]:

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import importlib.util
 import os
 import sys
 
@@ -8,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 
+from configs.errors import UsageError
 from eval.distances import (
     Sample,
     accuracy_interval,
@@ -23,6 +23,7 @@ from eval.distances import (
     one_a_block,
     two_sample_scores,
 )
+from eval.encoder_rows import check_torch_fidelity
 
 
 def normal(n: int, seed: int, shift: float = 0.0, dimensions: int = 6) -> np.ndarray:
@@ -240,8 +241,10 @@ def test_kid_is_that_of_torch_fidelity() -> None:
     extra = os.environ.get("TISSERAND_EXTRA_PACKAGES")
     if extra and extra not in sys.path:
         sys.path.append(extra)
-    if not all(map(importlib.util.find_spec, ("torch_fidelity", "torchvision"))):
-        pytest.skip("torch-fidelity and the torchvision it needs are not installed")
+    try:
+        check_torch_fidelity()
+    except UsageError as error:
+        pytest.skip(str(error))
     from torch_fidelity.metric_kid import kid_features_to_metric
 
     a, b = normal(40, 0, dimensions=16), normal(40, 1, shift=0.3, dimensions=16)

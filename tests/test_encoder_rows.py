@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -58,8 +59,10 @@ def test_torch_fidelity_reads_the_same_kid_and_is_of_tier_c() -> None:
     extra = os.environ.get("TISSERAND_EXTRA_PACKAGES")
     if extra and extra not in sys.path:
         sys.path.append(extra)
-    if not all(map(importlib.util.find_spec, ("torch_fidelity", "torchvision"))):
-        pytest.skip("torch-fidelity and the torchvision it needs are not installed")
+    try:
+        check_torch_fidelity()
+    except UsageError as error:
+        pytest.skip(str(error))
     rows = rows_of(5.0, with_torch_fidelity=True)
     assert {metric for (metric, _, _), row in rows.items() if row.tier == "C"} == {
         "fid_toy", "torch_fidelity_kid_toy", "precision_toy", "recall_toy"}  # fmt: skip
@@ -73,4 +76,17 @@ def test_torch_fidelity_that_is_not_installed_is_refused_with_what_to_do() -> No
     if importlib.util.find_spec("torch_fidelity") is not None:
         pytest.skip("torch-fidelity is installed")
     with pytest.raises(UsageError, match=r"--torch_fidelity: torch_fidelity.* not installed; pip install"):
+        check_torch_fidelity()
+
+
+def test_torch_fidelity_that_cannot_be_imported_is_refused_with_the_reason(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a torchvision built for CUDA does beside a torch built for CPUs."""
+    for name in ("torch_fidelity", "torchvision"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "__init__.py").write_text("raise RuntimeError('operator torchvision::nms does not exist')")
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(UsageError, match=r"cannot be imported \(operator torchvision::nms does not exist\)"):
         check_torch_fidelity()

@@ -196,7 +196,7 @@ def test_without_validation_everything_is_grey_as_leak_unchecked(tmp_path: Path)
     main(replace(config(real, write_generated(tmp_path / "slices", each=4), tmp_path / "out"), classifier_steps=1))
     rows = read_results(tmp_path / "out" / "results.jsonl")
     for row in rows:
-        if row.metric.startswith(("agreement", "kid_floor")) or row.set == "generated":
+        if row.set == "generated" and row.metric != "coloured":  # which needs no real slices
             assert row.verdict == "grey"
             assert "leak unchecked" in row.reason
 
