@@ -223,7 +223,9 @@ CHANGES = {
     "pre_compute_text_embeddings": Change("--pre_compute_text_embeddings", "--train_text_encoder", seen="refused"),
     "prediction_type": Change("--prediction_type v_prediction"),
     "pretrained_model_name_or_path": Change("--pretrained_model_name_or_path {toy_v}"),
-    "prior_generation_precision": Change("--prior_generation_precision bf16", PRIOR, seen="passes"),
+    "prior_generation_precision": Change(
+        "--prior_generation_precision bf16", f"{PRIOR} --prior_generation_precision fp32", seen="passes"
+    ),
     "prior_loss_weight": Change("--prior_loss_weight 0.1", PRIOR),
     "push_to_hub": Change("--push_to_hub", seen="hub"),
     "random_flip": Change("--random_flip"),

@@ -267,7 +267,7 @@ def said(path: Path) -> dict[str, object]:
 
 def test_class_images_are_what_the_base_model_makes_of_prompt_and_seed(go: Callable[..., Path], toy_sd: Path) -> None:
     """Regression of others: diffusers writes JPEG without a generator of its own; no image can be made again."""
-    folder = go()
+    folder = go("--prior_generation_precision", "fp32")
     paths = sorted(folder.iterdir())
     assert [path.name for path in paths] == [f"class-0000{number}.png" for number in range(3)]
     records = [said(path) for path in paths]
@@ -287,6 +287,19 @@ def test_class_images_that_are_there_are_not_made_again(go: Callable[..., Path])
     after = {path.name: path.stat().st_mtime_ns for path in folder.iterdir()}
     assert {name: after[name] for name in before} == before
     assert [said(folder / name)["seed"] for name in sorted(set(after) - set(before))] == [8, 9]
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_class_image_that_was_lost_is_made_again_to_the_same_bytes(
+    go: Callable[..., Path], tmp_path: Path, precision: str
+) -> None:
+    folder = tmp_path / "class"
+    words = ["--class_data_dir", str(folder), "--prior_generation_precision", precision, "--sample_batch_size", "3"]
+    go(*words)
+    first = {path.name: path.read_bytes() for path in folder.iterdir()}
+    (folder / "class-00001.png").unlink()
+    go(*words, "--overwrite")
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == first
 
 
 def test_images_of_the_users_own_count(go: Callable[..., Path], captioned_images: Path, tmp_path: Path) -> None:

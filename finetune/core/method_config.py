@@ -135,7 +135,7 @@ class PriorConfig:
     sample_batch_size: int = 4
     """Class images generated together, per process."""
     prior_generation_precision: Literal["no", "fp32", "fp16", "bf16"] | None = None
-    """Precision the class images are generated in; fp16 on a GPU, else fp32, if absent."""
+    """Precision of generating class images; if absent, fp16 on a GPU, bf16 on a CPU with AVX512-BF16, else fp32."""
 
     def __post_init__(self) -> None:
         """Check ranges, and what each source needs."""

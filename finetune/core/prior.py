@@ -409,26 +409,32 @@ def _path(folder: Path, number: int) -> Path:
 def _generate(
     opened: Opened, config: PriorConfig, settings: SamplingConfig, wanted: dict[str, object], numbers: list[int]
 ) -> None:
-    """Generate this process's share of class images, each from seed + number, each file whole or not there."""
+    """Generate this process's share of class images, each from seed + number, each file whole or not there.
+
+    An image shares its batch with the same numbers always, whichever are missing: its bits may depend on them.
+    """
     from eval.sampling import decode, require_light, sample_latents
 
     accelerator = opened.run.accelerator
-    precision = config.prior_generation_precision or ("fp16" if accelerator.device.type == "cuda" else "fp32")
+    precision = config.prior_generation_precision or _fast_precision(accelerator.device)
     if precision == "fp16" and accelerator.device.type == "cpu":
         raise UsageError("--prior_generation_precision fp16: needs a GPU; use bf16 or fp32")
     dtype = _PRECISIONS.get(precision)
     models = dataclasses.replace(opened.models, scheduler=opened.base_scheduler)
-    mine = numbers[accelerator.process_index :: accelerator.num_processes]
+    size, missing = config.sample_batch_size, set(numbers)
+    groups = sorted({number // size for number in numbers})[accelerator.process_index :: accelerator.num_processes]
     known: dict[str, Tensor] = {}
-    with tqdm(total=len(mine), desc="class images", unit="img", disable=None if opened.run.is_main else True) as bar:
-        for start in range(0, len(mine), config.sample_batch_size):
-            batch = mine[start : start + config.sample_batch_size]
+    with tqdm(total=len(groups) * size, desc="class images", disable=None if opened.run.is_main else True) as bar:
+        for group in groups:
+            batch = range(group * size, min((group + 1) * size, max(numbers) + 1))
             requests = [(str(config.class_prompt), opened.run.seed + number) for number in batch]
             with torch.autocast(accelerator.device.type, dtype=dtype) if dtype else nullcontext():
                 latents = sample_latents(models, requests, settings, known=known)
             pictures = decode(models, latents, requests)  # in float32: half precision overflows in this VAE
             require_light(pictures, requests)
             for number, picture, (_, seed) in zip(batch, pictures, requests, strict=True):
+                if number not in missing:
+                    continue
                 notes = PngImagePlugin.PngInfo()
                 notes.add_text(RECORD, json.dumps({**wanted, "seed": seed, "precision": precision}))
                 path = _path(Path(str(config.class_data_dir)), number)
@@ -436,3 +442,10 @@ def _generate(
                 Image.fromarray(picture).save(partial, format="PNG", pnginfo=notes)
                 partial.replace(path)
             bar.update(len(batch))
+
+
+def _fast_precision(device: torch.device) -> str:
+    """Return the precision that a device samples fastest in; a CPU with AVX512-BF16 takes 0.6 of its time in bf16."""
+    if device.type == "cpu":
+        return "bf16" if torch.cpu._is_avx512_bf16_supported() else "fp32"
+    return "fp16" if device.type == "cuda" else "fp32"
