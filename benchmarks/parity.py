@@ -10,6 +10,7 @@ from __future__ import annotations
 import shutil
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
@@ -27,6 +28,8 @@ if TYPE_CHECKING:
 RECORDED_STEPS = 20
 NUM_TIMESTEPS = 8
 """Of each picture in the fixed list, evenly spread."""
+SCHEDULE = "linear"
+"""Of the learning rate: at a constant one the last few draws move the loss by more than what is compared."""
 
 
 def measure_parity(config: TrainingConfig, place: Place, method: str) -> dict[str, Any]:
@@ -43,6 +46,7 @@ def measure_parity(config: TrainingConfig, place: Place, method: str) -> dict[st
     for arm, more in (("ours", {}), ("b1", {"record": str(record), "record_steps": RECORDED_STEPS})):
         words = arm_words(config, here, method, arm, config.parity_batch_size, config.parity_steps)
         words[words.index("--learning_rate") + 1] = str(METHODS[method].parity_rate)
+        words[words.index("--lr_scheduler") + 1] = SCHEDULE
         if arm == "ours" and not METHODS[method].clips:
             words += ["--max_grad_norm", "1e9"]  # the script does not clip here
         folders[arm] = Path(words[words.index("--output_dir") + 1])
@@ -174,9 +178,9 @@ def replay(config: TrainingConfig, place: Place, method: str, record: Path) -> t
         output_dir=folder,
         report_to="none",
         seed=0,
-        max_train_steps=RECORDED_STEPS,
+        max_train_steps=config.parity_steps,
         learning_rate=rate,
-        lr_scheduler="constant",
+        lr_scheduler=SCHEDULE,
         lr_warmup_steps=0,
         max_grad_norm=1.0 if METHODS[method].clips else 1e9,
     )
@@ -184,7 +188,8 @@ def replay(config: TrainingConfig, place: Place, method: str, record: Path) -> t
     batches = Recorded(batches=[batch_of(recorded, step) for step in range(RECORDED_STEPS)])
     denoiser = Denoiser(models.text_encoder, models.unet)
     with start_run(settings, settings, num_images=10**6, data_hash="", weights_file="none") as run:
-        ours = [float(step.loss) for step in train(run, denoiser, learns, batches, loss, settings)]
+        steps = islice(train(run, denoiser, learns, batches, loss, settings), RECORDED_STEPS)
+        ours = [float(step.loss) for step in steps]
     AcceleratorState._reset_state(reset_partial_state=True)
     return recorded["losses"][:RECORDED_STEPS].tolist(), torch.tensor(ours).tolist()
 
