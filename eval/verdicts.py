@@ -86,6 +86,8 @@ def read_policy(name: str, flag: str = "--policy") -> Policy:
         raise UsageError(f"{where}: not readable as YAML ({' '.join(str(error).split())})") from None
     if not isinstance(content, dict) or content.get("version") != 1 or not isinstance(content.get("sets"), dict):
         raise UsageError(f"{where}: expected 'version: 1' and 'sets:' with limits for each")
+    if unknown := sorted(map(str, set(content) - {"version", "sets", "gate", "divergence_ratio"})):
+        raise UsageError(f"{where}: unknown {unknown[0]}; known are version, gate, divergence_ratio, sets")
     sets = {str(key): _limits(value, f"{where}: set {key}") for key, value in content["sets"].items()}
     ratio = content.get("divergence_ratio")
     if ratio is not None and not _is_share(ratio):

@@ -422,6 +422,7 @@ def test_a_set_of_ones_own_is_judged_like_those_far_away() -> None:
         ("version: 1\nsets: {G0: {leek_warn: 0.1}}", "set G0: expected limits among colour_stop"),
         ("version: 1\nsets: {G0: {leak_warn: 2}}", "set G0: leak_warn 2: a number from 0 to 1"),
         ("version: 1\ndivergence_ratio: yes\nsets: {}", "divergence_ratio True: a number from 0 to 1"),
+        ("version: 1\ngates: true\nsets: {}", "unknown gates; known are version, gate, divergence_ratio, sets"),
     ],
 )
 def test_a_broken_policy_is_one_clear_line(text: str, message: str, tmp_path: Path) -> None:
