@@ -131,6 +131,8 @@ class Run:
 
     def __exit__(self, _: object = None, error: BaseException | None = None, __: object = None) -> None:
         """Close the trackers and free the folder, however the run ended; say what to lower if memory ran out."""
+        if error is None:  # who leaves first takes the connection away that another may still use
+            self.accelerator.wait_for_everyone()
         self.accelerator.end_training()
         _free(self.folder, self.lock)
         if is_out_of_memory(error):
