@@ -1,103 +1,105 @@
 """The least that a training step can be: forward and backward of what must run, and the optimizer.
 
-    python benchmarks/paced.py '{}' benchmarks/bare.py --method lora --pretrained_model_name_or_path MODEL
-
-No data, no clipping, no log: random latents that stay where they are. ``--part unet`` leaves the text encoder and the
-optimizer out: it is the bound that no trainer of this model can pass. ``benchmarks/training.py`` starts it.
+``benchmarks/training.py``, stage ``bounds``, has paced.py take such steps in turn with those of a recipe, with the
+recipe's own modules in its own process: one start of a program is up to 10 % faster than the next, here both share one.
+A bare step has no data, no noise to add, no clipping and no log. That of the U-Net alone, without text encoder and
+optimizer, is the bound that no trainer of this model can pass.
 """
 
 from __future__ import annotations
 
-from contextlib import nullcontext
-from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Literal
-
-from configs.load import command
+import time
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from finetune.core.models import Models
     from finetune.core.trainable import Learns
 
 
-@dataclass(frozen=True, kw_only=True)
-class BareConfig:
-    """Settings of ``benchmarks/bare.py``."""
+class Bounds:
+    """Counts the steps of our loop, and after some of them takes as many bare ones.
 
-    method: Literal["lora", "full", "textual_inversion", "dreambooth"]
-    """What learns."""
-    part: Literal["all", "unet"] = "all"
-    """Everything that must run, or the U-Net's forward and backward pass alone."""
-    pretrained_model_name_or_path: str
-    """A pipeline folder."""
-    resolution: int
-    """Side of a picture, px."""
-    train_batch_size: int
-    """Pictures of a step."""
-    max_train_steps: int
-    """Steps."""
-    mixed_precision: Literal["no", "bf16", "fp16"] = "no"
-    """As in the recipes."""
-    rank: int = 4
-    """Of LoRA."""
+    Attributes:
+        seconds: of a step, one value per turn, of each kind.
+    """
+
+    def __init__(self, warmup_steps: int, turn_steps: int, finish: Callable[[], None]) -> None:
+        """Begin after the warm-up; ``finish`` waits for the device."""
+        from finetune.core import loop
+
+        self.left, self.turn_steps, self.finish = warmup_steps, turn_steps, finish
+        self.seconds: dict[str, list[float]] = {"ours": [], "bare": [], "unet": []}
+        self.is_warm = self.is_inside = False
+        self.began_s = 0.0
+        backward = loop._backward
+
+        def watched(run: Any, model: Any, loss: Any, update: Any) -> Any:
+            self.accelerator, self.model, self.update = run.accelerator, model, update
+            return backward(run, model, loss, update)
+
+        loop._backward = watched
+
+    def stepped(self, optimizer: Any, *_: object) -> None:
+        """Count a step of ours; at the end of a turn let the others have theirs."""
+        if self.is_inside:
+            return
+        self.left -= 1
+        if self.left:
+            return
+        self.finish()
+        if self.is_warm:
+            self.seconds["ours"].append((time.perf_counter() - self.began_s) / self.turn_steps)
+            self.is_inside = True
+            self.seconds["bare"].append(self.timed(lambda: self.step(optimizer)))
+            self.seconds["unet"].append(self.timed(lambda: self.step(None)))
+            self.is_inside = False
+        self.is_warm, self.left = True, self.turn_steps
+        self.began_s = time.perf_counter()
+
+    def timed(self, step: Callable[[], None]) -> float:
+        """Return the seconds of a step, over a turn."""
+        self.model.zero_grad()
+        start = time.perf_counter()
+        for _ in range(self.turn_steps):
+            step()
+        self.finish()
+        return (time.perf_counter() - start) / self.turn_steps
+
+    def step(self, optimizer: Any) -> None:
+        """Do a step on the last batch; without an optimizer that of the U-Net alone."""
+        import torch
+
+        batch, denoiser = self.update.batches[-1], self.model
+        prompts = batch.prompts
+        if not prompts.is_floating_point() and optimizer is None:
+            width = denoiser.unet.config.cross_attention_dim
+            # Textual Inversion takes gradients through the whole U-Net, though none of its weights learn.
+            through = not any(parameter.requires_grad for parameter in denoiser.unet.parameters())
+            prompts = torch.zeros(*prompts.shape, width, device=prompts.device, requires_grad=through)
+        with self.accelerator.autocast():
+            predicted = denoiser(batch.latents, batch.timesteps, prompts, distinct=batch.distinct)
+        (predicted.float() - batch.latents).square().mean().backward()
+        if optimizer is None:
+            denoiser.zero_grad()
+        else:
+            optimizer.step()
+            optimizer.zero_grad()
 
 
-def main(config: BareConfig) -> None:
-    """Train on nothing."""
-    import torch
-
-    from finetune.core.config import TrainConfig
-    from finetune.core.models import encode_prompts, load_models, tokenize
-    from finetune.core.optimizer import make_optimizer
-
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    models = load_models(config.pretrained_model_name_or_path, device=device)
-    low = {"no": None, "bf16": torch.bfloat16, "fp16": torch.float16}[config.mixed_precision]
-    prompt = "a texture"
-    embeds = encode_prompts(models, [prompt])
-    ids = tokenize(models, [prompt]).to(device)
-    learns = what_learns(models, config, low)
-    side = config.resolution // models.vae_scale_factor
-    latents = torch.randn(config.train_batch_size, 4, side, side, device=device)
-    timesteps = torch.randint(1000, (config.train_batch_size,), device=device)
-    models.unet.train()
-    reads = config.part == "all" and config.method in ("textual_inversion", "dreambooth")
-    if config.part == "unet":
-        # Textual Inversion takes gradients through the whole U-Net, though none of its weights learn.
-        embeds.requires_grad_(config.method == "textual_inversion")
-        optimizer = torch.optim.SGD([torch.zeros(1, device=device, requires_grad=True)])
-    else:
-        optimizer = make_optimizer(learns, TrainConfig(output_dir=Path("unused")))
-    for _ in range(config.max_train_steps):
-        with torch.autocast(device.type, low) if low else nullcontext():
-            text = (models.text_encoder(ids)[0] if reads else embeds).expand(len(latents), -1, -1)
-            predicted = models.unet(latents, timesteps, encoder_hidden_states=text, return_dict=False)[0]
-        (predicted.float() - latents).square().mean().backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        models.unet.zero_grad()
-        embeds.grad = None
-
-
-def what_learns(models: Models, config: BareConfig, low: object) -> Learns:
-    """Return what the recipe of a method trains."""
+def what_learns(models: Models, method: str, rank: int = 4) -> Learns:
+    """Return what the recipe of a method trains, and make it learn."""
     from torch import nn
 
     from finetune.core.method_config import LoraConfig
     from finetune.core.tokens import ROWS, LearnedRows
     from finetune.core.trainable import Group, Learns, all_weights, lora_adapters
 
-    if config.method == "lora":
-        models.unet.to(low)
-        return lora_adapters(models, LoraConfig(rank=config.rank), learning_rate=1e-4, seed=0)
-    if config.method == "textual_inversion":
-        models.unet.to(low)
+    if method == "lora":
+        return lora_adapters(models, LoraConfig(rank=rank), learning_rate=1e-4, seed=0)
+    if method == "textual_inversion":
         table: nn.Embedding = models.text_encoder.get_input_embeddings()
         rows = LearnedRows(table, table.weight[:1], table.num_embeddings)
         models.text_encoder.set_input_embeddings(rows)
         return Learns((Group({ROWS: rows.rows}, 1e-4),))
-    return all_weights(models, learning_rate=1e-5, text_encoder_rate=1e-5 if config.method == "dreambooth" else None)
-
-
-if __name__ == "__main__":
-    command(BareConfig, main)
+    return all_weights(models, learning_rate=1e-5, text_encoder_rate=1e-5 if method == "dreambooth" else None)

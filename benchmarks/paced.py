@@ -6,8 +6,9 @@ The script is any that trains with an optimizer of torch; it is run as it is, in
 optimizer steps, from the end of one to the end of another, GPU work included. Settings, as JSON: ``go`` and ``tell``,
 file descriptors to read the next turn from and to write to, or absent to run through; ``report``, a file for time to
 the first step and peak memory; ``record``, a file for the draws, losses and first weights of the script's first
-``record_steps`` steps; ``parts``, whether to time the parts of our own loop. A turn is a line of JSON: ``steps``, and
-``profile``, a file for its time by kind of operation, or null.
+``record_steps`` steps; ``parts``, whether to time the parts of our own loop; ``bounds``, ``warmup_steps`` and
+``turn_steps``: our steps are to take turns with bare ones, whose time goes into the report. A turn is a line of JSON:
+``steps``, and ``profile``, a file for its time by kind of operation, or null.
 """
 
 from __future__ import annotations
@@ -100,15 +101,15 @@ class Turns:
         print(json.dumps({"seconds": took, "parts": dict(self.spent)}), file=self.tell, flush=True)
         self.next_turn()
 
-    def write_report(self, path: Path) -> None:
-        """Write how soon the first step was done, and how much memory was taken at most."""
+    def write_report(self, path: Path, **more: Any) -> None:
+        """Write how soon the first step was done, how much memory was taken at most, and what is given."""
         peak = {"peak_resident_gb": peak_resident_gb()}
         if on_gpu():
             import torch
 
             peak["peak_allocated_gb"] = torch.cuda.max_memory_allocated() / 1e9
             peak["peak_reserved_gb"] = torch.cuda.max_memory_reserved() / 1e9
-        found = {"steps": self.done, "first_step_s": self.first_step_s, **peak}
+        found = {"steps": self.done, "first_step_s": self.first_step_s, **peak, **more}
         path.write_text(json.dumps(found), encoding="utf-8")
 
     def time_parts(self) -> None:
@@ -244,13 +245,20 @@ def main() -> None:
         recorder = Recorder(Path(settings["record"]), settings["record_steps"])
         recorder.install()
         register_optimizer_step_post_hook(recorder.stepped)
+    more = {}
+    if settings.get("bounds"):
+        from bare import Bounds
+
+        bounds = Bounds(**settings["bounds"], finish=finish)
+        register_optimizer_step_post_hook(bounds.stepped)
+        more["bounds"] = bounds.seconds
     sys.argv = [str(script), *sys.argv[3:]]
     sys.path[0] = str(script.parent)
     try:
         runpy.run_path(str(script), run_name="__main__")
     finally:
         if settings.get("report"):
-            turns.write_report(Path(settings["report"]))
+            turns.write_report(Path(settings["report"]), **more)
 
 
 if __name__ == "__main__":

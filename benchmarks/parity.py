@@ -156,7 +156,7 @@ def replay(config: TrainingConfig, place: Place, method: str, record: Path) -> t
     from accelerate.state import AcceleratorState
     from safetensors.torch import load_file
 
-    from bare import BareConfig, what_learns
+    from bare import what_learns
     from finetune.core.config import TrainConfig
     from finetune.core.loop import train
     from finetune.core.models import Denoiser, load_models
@@ -167,8 +167,7 @@ def replay(config: TrainingConfig, place: Place, method: str, record: Path) -> t
 
     recorded = load_file(record)
     models = load_models(str(place.model))
-    asked: Any = {"method": method, "pretrained_model_name_or_path": str(place.model)}
-    learns = what_learns(models, BareConfig(**asked, resolution=0, train_batch_size=1, max_train_steps=1), None)
+    learns = what_learns(models, method)
     rate = METHODS[method].parity_rate
     learns = replace(learns, groups=tuple(replace(group, learning_rate=rate) for group in learns.groups))
     begin_with(recorded, learns.parameters, models)

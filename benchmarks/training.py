@@ -3,10 +3,10 @@
     python benchmarks/training.py --diffusers ~/diffusers --size reduced
 
 Arms: our recipe; the script with the flags it is started with in diffusers' documentation (B0), with its own best flags
-(B1), and B1 with the inductor backend where asked for; and, as bounds, the bare forward and backward pass of the U-Net,
-and that of everything that must run with the optimizer. All arms of a method are alive at once and take turns of a few
+(B1), and B1 with the inductor backend where asked for. All arms of a method are alive at once and take turns of a few
 steps, the others stopped, so that whatever else the machine does hits all alike. Stages: ``steps`` (time of a step,
-memory, parts), ``parity`` (do both learn the same), ``end_to_end`` (a whole job, from command to weights).
+memory, parts), ``bounds`` (our step beside the bare forward and backward pass of the U-Net, and that of everything that
+must run with the optimizer), ``parity`` (do both learn the same), ``end_to_end`` (a job, from command to weights).
 
 ``--diffusers`` is a checkout of a release that fits the installed one; without it, or without torchvision, which the
 scripts import, their arms are left out with the reason. ``--dry_run`` prints what would be measured.
@@ -40,7 +40,7 @@ from slicing import cpu_name, spread
 HERE = Path(__file__).parent
 PEAK_TFLOPS = {"B200": 2250, "H200": 989, "H100": 989, "A100": 312, "L40S": 362, "4090": 165, "V100": 112}
 """Dense bfloat16 (V100: float16) operations per second, in 10^12, by a part of the device's name."""
-Stage = Literal["steps", "parity", "end_to_end"]
+Stage = Literal["steps", "bounds", "parity", "end_to_end"]
 MethodName = Literal["lora", "full", "textual_inversion", "dreambooth"]
 
 
@@ -58,14 +58,14 @@ class TrainingConfig:
     """Side of a picture, px; that of the model's size if absent."""
     methods: tuple[MethodName, ...] = ("lora", "full", "textual_inversion", "dreambooth")
     """What to measure."""
-    stages: tuple[Stage, ...] = ("steps", "parity", "end_to_end")
+    stages: tuple[Stage, ...] = ("steps", "bounds", "parity", "end_to_end")
     """Which parts of the measurement."""
     train_batch_size: tuple[int, ...] = (8, 1)
-    """Micro-batches of ``steps``, one after another."""
+    """Micro-batches of ``steps`` and ``bounds``, one after another."""
     mixed_precision: Literal["no", "bf16", "fp16"] = "no"
     """Of all arms."""
-    arms: tuple[str, ...] = ("ours", "b0", "b1", "bare", "unet")
-    """Of ``steps``: ours, b0, b1, b1_inductor, ours_compiled (with --compile yes), bare, unet."""
+    arms: tuple[str, ...] = ("ours", "b0", "b1")
+    """Of ``steps``: ours, b0, b1, b1_inductor, ours_compiled (with --compile yes)."""
     warmup_steps: int = 3
     """Steps before the first turn that counts."""
     turn_steps: int = 5
@@ -108,7 +108,7 @@ class TrainingConfig:
             raise ValueError(f"--arms {' '.join(sorted(wrong))}: must be of {', '.join(ARMS)}")
 
 
-ARMS = ("ours", "b0", "b1", "b1_inductor", "ours_compiled", "bare", "unet")
+ARMS = ("ours", "b0", "b1", "b1_inductor", "ours_compiled")
 STOCK = ("b0", "b1", "b1_inductor")
 
 
@@ -202,8 +202,11 @@ def main(config: TrainingConfig) -> None:
     with tempfile.TemporaryDirectory(dir=config.work_dir, prefix="training-") as name:
         place = prepare(config, Path(name))
         for method in config.methods:
-            for batch_size in config.train_batch_size if "steps" in config.stages else ():
-                keep(config, "steps", measure_steps(config, place, method, batch_size, reason))
+            for batch_size in config.train_batch_size:
+                if "steps" in config.stages:
+                    keep(config, "steps", measure_steps(config, place, method, batch_size, reason))
+                if "bounds" in config.stages:
+                    keep(config, "bounds", measure_bounds(config, place, method, batch_size))
             if "parity" in config.stages and not reason:
                 from parity import measure_parity
 
@@ -221,8 +224,10 @@ def table(measured: Sequence[dict[str, Any]]) -> list[str]:
     def times(values: dict[str, float] | None) -> str:
         return f"{values['median']:.2f}x ({values['min']:.2f} to {values['max']:.2f})" if values else "not measured"
 
-    lines = ["| model, method, micro-batch | ours | over B0 | over B1 | over B1, inductor | of it bare | U-Net alone |"]
-    lines += ["|---|---:|---:|---:|---:|---:|---:|"]
+    lines = [
+        "| model, method, micro-batch | ours | over B0 | over B1 | over B1, inductor |",
+        "|---|---:|---:|---:|---:|",
+    ]
     for one in measured:
         if one["stage"] == "steps":
             ratio, arms = one["speedup_of_ours"], one["arms"]
@@ -230,10 +235,14 @@ def table(measured: Sequence[dict[str, Any]]) -> list[str]:
             cells = [f"{one['model']} {one['mixed_precision']}, {one['method']}, {one['batch_size']}"]
             cells += [f"{steps['ours']:.3f} s" if "ours" in steps else "not measured"]
             cells += [times(ratio.get(arm)) for arm in STOCK]
-            cells += [
-                f"{100 * ratio[arm]['median']:.0f} %" if arm in ratio else "not measured" for arm in ("bare", "unet")
-            ]
             lines.append(f"| {' | '.join(cells)} |")
+    lines += ["", "| model, method, micro-batch | ours | bare | U-Net alone | ours over bare |"]
+    lines += ["|---|---:|---:|---:|---:|"]
+    for one in measured:
+        if one["stage"] == "bounds":
+            cells = [f"{one['model']} {one['mixed_precision']}, {one['method']}, {one['batch_size']}"]
+            cells += [f"{one['step_s'][kind]['median']:.3f} s" for kind in ("ours", "bare", "unet")]
+            lines.append(f"| {' | '.join([*cells, times(one['ours_over_bare'])])} |")
     lines += [
         "",
         "| method | ours over theirs on the fixed list | at the start | fed their draws, largest difference |",
@@ -277,11 +286,14 @@ def describe(config: TrainingConfig, reason: str | None) -> None:
         if config.model is None:
             tera = flops_per_image(config.size, method, place.resolution) / 1e12
             print(f"\n{method}: {tera:.4g} TFLOP per picture, latents cached")
+        steps = config.warmup_steps + config.turns * config.turn_steps
         for batch_size in config.train_batch_size if "steps" in config.stages else ():
-            steps = config.warmup_steps + config.turns * config.turn_steps
             print(f"  steps: micro-batch {batch_size}, {config.turns} turns of {config.turn_steps} steps in each arm")
             for arm in chosen_arms(config, reason):
                 print(f"    {arm}: {shlex.join(arm_words(config, place, method, arm, batch_size, steps))}")
+        if "bounds" in config.stages:
+            sizes = ", ".join(map(str, config.train_batch_size))
+            print(f"  bounds: micro-batches {sizes}, ours in turns with bare steps in one process")
         if "parity" in config.stages:
             print(f"  parity: {config.parity_model}, {config.parity_steps} steps" + (f"; not: {reason}" * bool(reason)))
         if "end_to_end" in config.stages and method in config.end_to_end_methods:
@@ -315,9 +327,6 @@ def arm_words(
     model = ["--pretrained_model_name_or_path", str(place.model)]
     words = [*model, "--resolution", str(place.resolution), "--train_batch_size", str(batch_size)]
     words += ["--max_train_steps", str(steps), "--mixed_precision", config.mixed_precision]
-    if arm in ("bare", "unet"):
-        part = {"bare": "all", "unet": "unet"}[arm]
-        return [str(HERE / "bare.py"), "--method", method, "--part", part, *words]
     pictures = place.work / "pictures"
     own = chosen.words.format(captioned=pictures / "captioned", plain=pictures / "plain").split()
     words += [*own, "--output_dir", str(place.work / f"{folder}-{method}-{arm}-{batch_size}")]
@@ -444,7 +453,7 @@ def summary_of(
     for arm, values in seconds.items():
         images = batch_size / median(values)
         found["arms"][arm] = {"step_s": spread(values), "images_per_s": images, **reports[arm]}
-        if flops is not None and arm != "unet":
+        if flops is not None:
             found["arms"][arm]["tflops"] = images * flops / 1e12
             found["arms"][arm]["mfu"] = images * flops / peak if peak else None
     if flops is not None:
@@ -480,6 +489,29 @@ def lines_of(found: dict[str, Any]) -> list[str]:
             f"  our step: {', '.join(f'{part} {value:.4f}' for part, value in found['our_parts_s'].items())} s"
         )
     return lines
+
+
+def measure_bounds(config: TrainingConfig, place: Place, method: str, batch_size: int) -> dict[str, Any]:
+    """Return what our step takes beside the bare one and the U-Net alone, in turns within one process."""
+    steps = config.warmup_steps + config.turns * config.turn_steps
+    words = arm_words(config, place, method, "ours", batch_size, steps, folder="bounds")
+    turns = {"warmup_steps": config.warmup_steps, "turn_steps": config.turn_steps}
+    seconds = run_through("ours", words, place.work, bounds=turns)["bounds"]
+    over = [ours / bare for ours, bare in zip(seconds["ours"], seconds["bare"], strict=True)]
+    found = {
+        "method": method,
+        "batch_size": batch_size,
+        "step_s": {kind: spread(values) for kind, values in seconds.items()},
+        "ours_over_bare": spread(over),
+    }
+    shown = ", ".join(f"{kind} {values['median']:.4f} s" for kind, values in found["step_s"].items())
+    ratio = found["ours_over_bare"]
+    print(
+        f"  {method}, {batch_size}, a step: {shown}; ours over bare {ratio['median']:.3f} "
+        f"({ratio['min']:.3f} to {ratio['max']:.3f})",
+        flush=True,
+    )
+    return found
 
 
 def measure_jobs(config: TrainingConfig, place: Place, method: str, reason: str | None) -> dict[str, Any]:
@@ -536,7 +568,7 @@ def flops_per_image(size: str, method: str, resolution: int) -> float:
     import torch
     from torch.utils.flop_counter import FlopCounterMode
 
-    from bare import BareConfig, what_learns
+    from bare import what_learns
     from finetune.core.models import Models
     from random_sd import make_parts
 
@@ -545,8 +577,7 @@ def flops_per_image(size: str, method: str, resolution: int) -> float:
         for part in parts.values():
             part.requires_grad_(False)
         models = Models(tokenizer=None, scheduler=None, name=size, **parts)
-        asked: Any = {"method": method, "pretrained_model_name_or_path": ""}
-        what_learns(models, BareConfig(**asked, resolution=0, train_batch_size=1, max_train_steps=1), None)
+        what_learns(models, method)
         side = resolution // models.vae_scale_factor
         latents, timesteps = torch.empty(1, 4, side, side), torch.zeros(1, dtype=torch.int64)
         with FlopCounterMode(display=False) as counted:

@@ -52,9 +52,6 @@ def test_our_arms_are_started_with_options_they_know(training: ModuleType, metho
     settings = load(getattr(importlib.import_module(f"finetune.{method}"), names.get(method, "DreamBoothRun")), words)
     assert settings.train.total_steps(10, 1) == 100
     assert settings.train.train_batch_size == 8
-    bare = importlib.import_module("bare")
-    _, *words = training.arm_words(config, place, method, "bare", 8, 100)
-    assert load(bare.BareConfig, words).method == method
 
 
 def test_operations_of_the_published_size_are_those_counted_elsewhere(training: ModuleType) -> None:

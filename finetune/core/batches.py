@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from functools import cache, lru_cache
 from typing import Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -240,9 +241,9 @@ def _turn(seed: int, members: Sequence[int], number: int) -> int:
 
 
 @lru_cache(maxsize=128)
-def _order(seed: int, epoch: int, length: int) -> list[int]:
-    """Return the order of a round; asked for once per image."""
-    return permutation(seed, epoch, length).tolist()
+def _order(seed: int, epoch: int, length: int) -> np.ndarray:
+    """Return the order of a round; asked for once per image, and small, as many rounds are kept."""
+    return permutation(seed, epoch, length).numpy().astype(np.int32)
 
 
 def captioned_batches(
