@@ -62,8 +62,9 @@ def main(config: SamplingBenchmark) -> None:
     half = config.stock_steps // 2
     names = {
         "class images, the script": f"{config.stock_steps} steps, batches of {config.stock_batch_size}",
+        "class images, the script, bf16": "the same with its --prior_generation_precision bf16",
         "class images, equal steps": f"{config.stock_steps} steps, batches of {config.batch_size}",
-        "class images, equal steps, bf16": "the same with --prior_generation_precision bf16",
+        "class images, equal steps, bf16": "the same in bf16, the recipes' default where the processor has it",
         "class images, half the steps": f"{half} steps, batches of {config.batch_size}",
         "previews, the script": f"{config.stock_steps} steps, one by one",
         "previews": f"{half} steps, batches of {config.batch_size}",
@@ -79,6 +80,7 @@ def main(config: SamplingBenchmark) -> None:
         taken = take_turns(config, ways)
     images_per_s = {name: spread([config.num_images / seconds for seconds in values]) for name, values in taken.items()}
     against = {
+        "class images, the script, bf16": "class images, the script",
         "class images, equal steps": "class images, the script",
         "class images, equal steps, bf16": "class images, the script",
         "class images, half the steps": "class images, the script",
@@ -136,15 +138,19 @@ def ways_of(config: SamplingBenchmark, model: Path, work: Path) -> dict[str, Cal
 
     device = "cuda" if has_gpu() else "cpu"
     dtype = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[config.precision]
-    pipeline = DiffusionPipeline.from_pretrained(
-        model, dtype=dtype, safety_checker=None, requires_safety_checker=False
-    ).to(device)
-    pipeline.set_progress_bar_config(disable=True)
+    pipeline, low_pipeline = (
+        DiffusionPipeline.from_pretrained(model, dtype=one, safety_checker=None, requires_safety_checker=False).to(
+            device
+        )
+        for one in (dtype, torch.bfloat16)
+    )
+    for one in (pipeline, low_pipeline):
+        one.set_progress_bar_config(disable=True)
     models: Models = load_models(str(model), device=device, dtype=dtype)
     prompt, count = CAPTIONS[0], config.num_images
     requests = [(prompt, seed) for seed in range(count)]
 
-    def theirs(batch_size: int) -> None:
+    def theirs(pipeline: DiffusionPipeline, batch_size: int) -> None:
         for start in range(0, count, batch_size):
             prompts = [prompt] * min(batch_size, count - start)
             for number, picture in enumerate(pipeline(prompts, num_inference_steps=config.stock_steps).images):
@@ -165,11 +171,12 @@ def ways_of(config: SamplingBenchmark, model: Path, work: Path) -> dict[str, Cal
         predictions(models, prompts, latents, num_timesteps=8, seed=0, batch_size=config.batch_size)
 
     return {
-        "class images, the script": lambda: theirs(config.stock_batch_size),
+        "class images, the script": lambda: theirs(pipeline, config.stock_batch_size),
+        "class images, the script, bf16": lambda: theirs(low_pipeline, config.stock_batch_size),
         "class images, equal steps": lambda: ours(config.stock_steps),
         "class images, equal steps, bf16": lambda: ours(config.stock_steps, torch.bfloat16),
         "class images, half the steps": lambda: ours(config.stock_steps // 2),
-        "previews, the script": lambda: theirs(1),
+        "previews, the script": lambda: theirs(pipeline, 1),
         "previews": lambda: ours(config.stock_steps // 2),
         "drift by prediction": predict,
     }

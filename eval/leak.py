@@ -21,7 +21,8 @@ from torch import Tensor, nn
 from configs.errors import InputError
 from data_prep.manifest import is_inside, read_records
 from eval.features import Grey, cover, read_grey, to_grey
-from eval.sampling import decode, evaluating
+from eval.loss_gap import slice_latents
+from eval.sampling import decode
 from finetune.core.models import Models
 
 Floats = NDArray[np.float64]
@@ -154,14 +155,9 @@ def read_slices(split: Path, size: tuple[int, int], *, limit: int, seed: int = 0
 @torch.no_grad()
 def round_trip(models: Models, slices: Sequence[Grey], *, batch_size: int = 16) -> list[Grey]:
     """Return the slices after the model's VAE: encoded to the mean, decoded, grey again."""
-    pixels = torch.from_numpy(np.stack(slices)).float()[:, None].expand(-1, 3, -1, -1) / 127.5 - 1  # (N, 3, H, W)
-    latents = []
-    with evaluating(models):
-        for batch in pixels.split(batch_size):
-            posterior = models.vae.encode(batch.to(models.vae.device, models.vae.dtype)).latent_dist
-            latents.append(posterior.mean * models.vae.config.scaling_factor)
+    latents = slice_latents(models, np.stack(slices), batch_size=batch_size)
     requests = [("VAE round trip of a slice", index) for index in range(len(slices))]
-    return [to_grey(picture) for picture in decode(models, torch.cat(latents), requests, batch_size=batch_size)]
+    return [to_grey(picture) for picture in decode(models, latents, requests, batch_size=batch_size)]
 
 
 def _places(side: int, patch: int) -> NDArray[np.int64]:

@@ -43,8 +43,8 @@ from finetune.core.models import (
 
 Request = tuple[str, int]
 
-_DECODED_CELLS = 4 * 64 * 64
-"""Latent cells decoded at once, four pictures of 512 px: the decoder takes far more memory than the U-Net."""
+_DECODED_CELLS = 2 * 64 * 64
+"""Latent cells decoded at once, two pictures of 512 px: the decoder takes far more memory than the U-Net."""
 _SCHEDULERS = {
     "dpmsolver++": DPMSolverMultistepScheduler,
     "unipc": UniPCMultistepScheduler,

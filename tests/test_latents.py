@@ -110,3 +110,13 @@ def test_latents_left_in_the_files_are_those_in_memory(tmp_path: Path, vae: Auto
     found, expected = (one.of(shape, KEYS[::-1], cpu) for one in (StoredLatents(files={shape: files}), resident))
     assert torch.equal(found.mean, expected.mean)
     assert torch.equal(found.std, expected.std)
+
+
+def test_few_pictures_are_in_the_encoder_at_once(vae: AutoencoderKL, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole, seen = encode(vae, pixels([0, 1, 2])), []
+    vae.encoder.register_forward_pre_hook(lambda _, given: seen.append(len(given[0])))
+    monkeypatch.setattr("finetune.core.latents._ENCODED_PIXELS", 2 * 32 * 32)
+    moments = encode(vae, pixels([0, 1, 2]))
+    assert seen == [2, 1]
+    torch.testing.assert_close(moments.mean, whole.mean, atol=1e-6, rtol=1e-5)
+    torch.testing.assert_close(moments.std, whole.std, atol=1e-6, rtol=1e-5)

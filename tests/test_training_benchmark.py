@@ -56,3 +56,12 @@ def test_our_arms_are_started_with_options_they_know(training: ModuleType, metho
 
 def test_operations_of_the_published_size_are_those_counted_elsewhere(training: ModuleType) -> None:
     assert training.flops_per_image("sd15", "lora", 512) == pytest.approx(1.714e12, rel=0.02)
+
+
+def test_bare_steps_take_turns_with_ours_and_learn(training: ModuleType, tmp_path: Path) -> None:
+    config = training.TrainingConfig(size="grain", num_images=2, warmup_steps=1, turns=2, turn_steps=3)
+    place = training.prepare(config, tmp_path)
+    words = training.arm_words(config, place, "textual_inversion", "ours", 2, 1 + 2 * 3)
+    report = training.run_through("ours", words, tmp_path, bounds={"warmup_steps": 1, "turn_steps": 3})
+    assert {kind: len(values) for kind, values in report["bounds"].items()} == {"ours": 2, "bare": 2, "unet": 2}
+    assert report["steps"] == 1 + 2 * 3 + 2 * 3  # those of the optimizer: ours, and the bare ones

@@ -32,7 +32,8 @@ if TYPE_CHECKING:
     from finetune.core.run import Run
 
 _SHARD = 512  # images in a file of the cache: few files, and an interrupted run loses little
-_BATCH = 16  # images encoded together
+_BATCH = 16  # images read together
+_ENCODED_PIXELS = 2 * 512 * 512  # and encoded together: 1 GB in the VAE, beside a U-Net on a card of 8 GB
 _MOST_ON_DEVICE = 4 << 30  # bytes of latents kept beside the model on a GPU
 _MOST_IN_MEMORY = 256 << 20  # and on a CPU; more stay in the files of the cache, at some 50 us a picture
 
@@ -87,9 +88,11 @@ def sample(mean: Tensor, std: Tensor, noise: Tensor, scaling_factor: float) -> T
 
 @torch.no_grad()
 def encode(vae: AutoencoderKL, pixels: Tensor) -> Moments:
-    """Return the posterior of pixels in [-1, 1], computed in the VAE's dtype, on its device."""
-    posterior = vae.encode(pixels.to(vae.device, vae.dtype)).latent_dist
-    return Moments(posterior.mean.float(), posterior.std.float())
+    """Return the posterior of pixels in [-1, 1], computed in the VAE's dtype, on its device, few at a time."""
+    together = max(1, _ENCODED_PIXELS // (pixels.shape[-2] * pixels.shape[-1]))
+    posteriors = [vae.encode(part.to(vae.device, vae.dtype)).latent_dist for part in pixels.split(together)]
+    mean, std = (torch.cat([getattr(one, name) for one in posteriors]).float() for name in ("mean", "std"))
+    return Moments(mean, std)
 
 
 def cache_folder(root: Path, vae_hash: str, preprocessing: Mapping[str, object]) -> Path:
