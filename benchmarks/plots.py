@@ -92,19 +92,20 @@ def draw_memory(axes: Axes, found: dict[str, Any]) -> None:
     draw_arms(axes, rows, lambda row, arm: row[arm])
     if alone := found["libraries_alone_gb"]:
         axes.axhline(alone, color="black", linewidth=0.8, linestyle=":", label="libraries alone")
-        axes.legend(frameon=False)
-    axes.set_ylabel("GB")
-    axes.set_title(f"Peak memory ({found['measure']}), micro-batch {batch_size}")
+        axes.legend(frameon=False, loc="upper left")
+    axes.set_ylabel(f"GB, {found['measure']}")
+    axes.set_title(f"Peak memory, micro-batch {batch_size}")
 
 
 def draw_arms(axes: Axes, rows: Sequence[dict[str, Any]], value: Any) -> None:
     """Draw a group of bars for each method, one for each arm that was measured."""
     arms = [arm for arm in ARMS if all(arm in row.get("arms", row) for row in rows)]
     for number, arm in enumerate(arms):
-        places = [place + 0.27 * (number - 1) for place in range(len(rows))]
+        places = [place + 0.27 * (number - (len(arms) - 1) / 2) for place in range(len(rows))]
         axes.bar(places, [value(row, arm) for row in rows], width=0.25, color=COLOURS[arm], label=ARMS[arm])
     axes.set_xticks(range(len(rows)), [METHODS[row["method"]] for row in rows])
-    axes.legend(frameon=False)
+    axes.margins(y=0.3)
+    axes.legend(frameon=False, loc="upper left")
 
 
 def draw_sampling(axes: Axes, found: dict[str, Any]) -> None:

@@ -43,8 +43,9 @@ from finetune.core.models import (
 
 Request = tuple[str, int]
 
-_DECODED_CELLS = 2 * 64 * 64
-"""Latent cells decoded at once, two pictures of 512 px: the decoder takes far more memory than the U-Net."""
+_DECODED_CELLS = 2 * 32 * 32
+"""Latent cells decoded at once, or two pictures: the decoder takes far more memory than the U-Net, and more at once
+are slower on a CPU."""
 _SCHEDULERS = {
     "dpmsolver++": DPMSolverMultistepScheduler,
     "unipc": UniPCMultistepScheduler,
@@ -174,7 +175,7 @@ def decode(models: Models, latents: Tensor, requests: Sequence[Request], *, batc
     """Turn scaled latents (N, 4, h, w) into pictures (N, H, W, 3) uint8, few at a time; raise if one is not finite."""
     pictures = []
     cells = latents.shape[-2] * latents.shape[-1]
-    batch_size = max(1, min(batch_size, _DECODED_CELLS // cells))
+    batch_size = min(batch_size, max(2, _DECODED_CELLS // cells))
     with evaluating(models), together(models):
         for start in range(0, len(latents), batch_size):
             batch = (
