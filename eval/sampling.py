@@ -43,8 +43,8 @@ from finetune.core.models import (
 
 Request = tuple[str, int]
 
-_DECODED_CELLS = 2 * 32 * 32
-"""Latent cells decoded at once, or two pictures: the decoder takes far more memory than the U-Net, and more at once
+_DECODED_PIXELS = 2 * 256 * 256
+"""Pixels decoded at once, or two pictures: the decoder takes far more memory than the U-Net, and more at once
 are slower on a CPU."""
 _SCHEDULERS = {
     "dpmsolver++": DPMSolverMultistepScheduler,
@@ -174,8 +174,8 @@ def sample_latents(
 def decode(models: Models, latents: Tensor, requests: Sequence[Request], *, batch_size: int = 16) -> np.ndarray:
     """Turn scaled latents (N, 4, h, w) into pictures (N, H, W, 3) uint8, few at a time; raise if one is not finite."""
     pictures = []
-    cells = latents.shape[-2] * latents.shape[-1]
-    batch_size = min(batch_size, max(2, _DECODED_CELLS // cells))
+    pixels_each = latents.shape[-2] * latents.shape[-1] * models.vae_scale_factor**2
+    batch_size = min(batch_size, max(2, _DECODED_PIXELS // pixels_each))
     with evaluating(models), together(models):
         for start in range(0, len(latents), batch_size):
             batch = (
