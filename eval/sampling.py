@@ -191,7 +191,7 @@ def decode(models: Models, latents: Tensor, requests: Sequence[Request], *, batc
                     "number format is too small for this model: try float32, or an earlier checkpoint"
                 )
             levels = ((pixels / 2 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8)
-            pictures.append(levels.permute(0, 2, 3, 1).cpu().numpy())
+            pictures.append(levels.permute(0, 2, 3, 1).contiguous().cpu().numpy())  # or whoever saves them must copy
     return np.concatenate(pictures)
 
 

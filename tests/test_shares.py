@@ -51,6 +51,9 @@ def test_pictures_are_decoded_a_few_at_a_time(toy_sd: Path, monkeypatch: pytest.
     apart = decode(models, latents, requests)
     hook.remove()
     assert decoded == [2, 2, 1]
+    assert together.flags.c_contiguous
+    assert apart.flags.c_contiguous
+    assert decode(models, latents[:1], requests[:1]).flags.c_contiguous
     # Another number at once moves the last bits: at most one grey level, next to a rounding edge.
     assert np.abs(together.astype(int) - apart).max() <= 1
 
