@@ -167,7 +167,7 @@ def _from_row(
         raise InputError(f"{where}: '{name}' lies outside the folder")
     if not all(str(caption).strip() for caption in texts):
         raise InputError(f"{where}: the caption of {name} is empty; write one, or use --caption_dropout")
-    # What many rows say alike is kept once: at 100,000 images it is most of what a row takes.
+    # What many rows say alike is kept once.
     columns = {
         sys.intern(key): str(value) if value is name else sys.intern(str(value))
         for key, value in row.items()
