@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 _SHARD = 512  # images in a file of the cache: few files, and an interrupted run loses little
 _BATCH = 16  # images read together
-_ENCODED_PIXELS = 2 * 256 * 256  # and encoded together, or one: more at once are slower on a CPU, and take memory from the U-Net
+_ENCODED_PIXELS = 2 * 256 * 256  # and encoded together, or one: more are slower on a CPU, and take memory on a GPU
 _MOST_ON_DEVICE = 4 << 30  # bytes of latents kept beside the model on a GPU
 _MOST_IN_MEMORY = 256 << 20  # and on a CPU; more stay in the files of the cache, at some 50 us a picture
 
