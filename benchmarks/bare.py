@@ -13,8 +13,8 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from finetune.core.models import Models
-    from finetune.core.trainable import Learns
+    from finetune.core.learns.trainable import Learns
+    from finetune.diffusion.models import Models
 
 
 class Bounds:
@@ -26,7 +26,7 @@ class Bounds:
 
     def __init__(self, warmup_steps: int, turn_steps: int, finish: Callable[[], None]) -> None:
         """Begin after the warm-up; ``finish`` waits for the device."""
-        from finetune.core import loop
+        from finetune.core.loop import loop
 
         self.left, self.turn_steps, self.finish = warmup_steps, turn_steps, finish
         self.seconds: dict[str, list[float]] = {"ours": [], "bare": [], "unet": []}
@@ -91,9 +91,9 @@ def what_learns(models: Models, method: str, rank: int = 4) -> Learns:
     """Return what the recipe of a method trains, and make it learn."""
     from torch import nn
 
-    from finetune.core.method_config import LoraConfig
-    from finetune.core.tokens import ROWS, LearnedRows
-    from finetune.core.trainable import Group, Learns, all_weights, lora_adapters
+    from finetune.core.learns.trainable import Group, Learns, all_weights, lora_adapters
+    from finetune.core.learns.words import ROWS, LearnedRows
+    from finetune.core.settings.methods import LoraConfig
 
     if method == "lora":
         return lora_adapters(models, LoraConfig(rank=rank), learning_rate=1e-4, seed=0)

@@ -189,11 +189,11 @@ def leak_figures(config: DriftBenchmarkConfig) -> dict[str, Any]:
     """Replace half of the base model's probe pictures by held-out slices, and return the leak that is read."""
     import numpy as np
 
-    from eval.config import SamplingConfig
-    from eval.leak import is_leaked, read_slices
-    from eval.light_drift import LightDrift, few_probes
-    from eval.verdicts import GUARD
-    from finetune.core.models import load_models
+    from eval.forgetting.leak import is_leaked, read_slices
+    from eval.forgetting.light import LightDrift, few_probes
+    from eval.forgetting.verdicts import GUARD
+    from finetune.diffusion.config import SamplingConfig
+    from finetune.diffusion.models import load_models
     from prompts.probes import read_probes
 
     models = load_models(BASE)

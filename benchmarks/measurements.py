@@ -84,13 +84,16 @@ def zero(config: MeasurementsConfig) -> dict[str, Any]:
     """Return the divergence of what did not change, and how often other seeds of the base raised a flag."""
     import numpy as np
 
-    from eval.config import SamplingConfig
-    from eval.divergence import divergence, divergence_parts, predictions
-    from eval.drift import Evidence
-    from eval.drift_scores import score_drift
-    from eval.leak import read_slices, round_trip, train_leak_net
-    from eval.sampling import load_tuned, sample, sample_latents
-    from finetune.core.models import load_models, set_adapter_scale
+    from eval.forgetting.divergence import divergence, divergence_parts
+    from eval.forgetting.evidence import Evidence
+    from eval.forgetting.leak import read_slices, round_trip, train_leak_net
+    from eval.forgetting.scores import score_drift
+    from finetune.diffusion.adapters import set_adapter_scale
+    from finetune.diffusion.config import SamplingConfig
+    from finetune.diffusion.fixed_noise import predictions
+    from finetune.diffusion.models import load_models
+    from finetune.diffusion.sampling import sample, sample_latents
+    from finetune.diffusion.tuned import load_tuned
     from prompts.probes import read_probes
 
     probes = [probe for probe in read_probes("tiny") if probe.is_light]
@@ -194,7 +197,7 @@ def copies(config: MeasurementsConfig) -> dict[str, Any]:
 
 def _copies_of(folder: Path) -> dict[str, dict[str, Any]]:
     """Return the rows of a memorisation check over everything."""
-    from eval.results import read_results
+    from data_prep.folders.results import read_results
 
     return {
         row.metric: {"value": row.value, "low": row.low, "high": row.high, "n": row.n, "verdict": row.verdict}
@@ -208,7 +211,7 @@ def statistics(config: MeasurementsConfig) -> dict[str, Any]:
     """Return how the distances, intervals and descriptors compare with closed forms, simulations and other packages."""
     import numpy as np
 
-    from eval.distances import Sample, block_bootstrap, blocked_kid
+    from eval.stats.distances import Sample, block_bootstrap, blocked_kid
 
     extra = os.environ.get("TISSERAND_EXTRA_PACKAGES")
     if extra and extra not in sys.path:
@@ -269,7 +272,7 @@ def _against_porespy() -> dict[str, Any]:
     import numpy as np
     from scipy import ndimage
 
-    from eval.descriptors import chord_lengths, two_point
+    from eval.likeness.descriptors import chord_lengths, two_point
 
     try:
         import porespy
@@ -301,7 +304,7 @@ def _against_porespy() -> dict[str, Any]:
 
 def _against_torch_fidelity(random: np.random.Generator) -> dict[str, Any]:
     """Return how far KID is from torch-fidelity's formula on the same features."""
-    from eval.distances import kid
+    from eval.stats.distances import kid
 
     try:
         import torch

@@ -33,7 +33,7 @@ from prompts.captions import all_captions, parse_caption
 from prompts.vocabulary import DEFAULT, Vocabulary
 
 if TYPE_CHECKING:
-    from eval.slice_classifier import SliceClassifier
+    from eval.likeness.classifier import SliceClassifier
 
 CONCEPT = ("injected", "thickness")
 """The one kind of slice that the methods for few pictures learn, from nine of them."""
@@ -249,7 +249,7 @@ def _prepare(config: MethodsConfig, weave: Path) -> None:
     place = words.index("--output_dir") + 1
     _call([*words[:place], str(out / "weave-plain"), *words[place + 1 :], "--vocabulary", str(out / "plain.yaml")])
 
-    from data_prep.manifest import read_rows
+    from data_prep.folders.manifest import read_rows
 
     rows = [row for row in read_rows(weave / "train") if (row.state, row.axis) == CONCEPT]
     shutil.rmtree(out / "class", ignore_errors=True)  # images of another base model would be refused
@@ -391,9 +391,9 @@ def _drift(config: MethodsConfig, arm: Arm, row: Row) -> Row:
 
 def train_reader(weave: Path, seed: int, num_steps: int) -> tuple[SliceClassifier, dict[str, float]]:
     """Train the reader of state and axis once, and check it on held-out slices."""
-    from eval.features import draw_cuts, read_tiles
-    from eval.slice_classifier import read_slices, train_classifier
-    from eval.slice_sets import read_real, real_cuts
+    from eval.likeness.classifier import read_slices, train_classifier
+    from eval.tiles.features import draw_cuts, read_tiles
+    from eval.tiles.sets import read_real, real_cuts
 
     real = read_real(weave, DEFAULT)
     cuts = real_cuts(real, 64)
@@ -415,8 +415,8 @@ def read_agreement(
     """Return the shares of pictures that show the state and axis asked for."""
     import numpy as np
 
-    from eval.features import read_grey
-    from eval.slice_classifier import read_slices
+    from eval.likeness.classifier import read_slices
+    from eval.tiles.features import read_grey
 
     records = [json.loads(line) for line in (folder / "records.jsonl").read_text(encoding="utf-8").splitlines()]
     labels = [concept or parse_caption(record["prompt"], vocabulary) for record in records]
@@ -496,7 +496,7 @@ def table(rows: Sequence[Row]) -> list[str]:
 
 def _real_pictures(weave: Path) -> list[Path]:
     """Return one held-out slice of each caption."""
-    from data_prep.manifest import read_rows
+    from data_prep.folders.manifest import read_rows
 
     rows = read_rows(weave / "validation")
     found = []
@@ -519,7 +519,7 @@ def _sheet(pictures: dict[str, list[Path]]) -> Any:
     import numpy as np
     from PIL import Image
 
-    from eval.sampling import contact_sheet
+    from eval.page.contact_sheet import contact_sheet
 
     images = [np.asarray(Image.open(path).convert("RGB")) for paths in pictures.values() for path in paths]
     return contact_sheet(images, len(pictures), COLUMNS, list(pictures))

@@ -25,10 +25,10 @@ from pathlib import Path
 from typing import Any
 
 PARTS = {
-    "data": ("finetune.core.batches", "CaptionedBatches.update"),
-    "forward and backward": ("finetune.core.loop", "_backward"),
-    "clipping": ("finetune.core.loop", "clip"),
-    "check of the loss": ("finetune.core.loop", "_check_finite"),
+    "data": ("finetune.core.data.batches", "CaptionedBatches.update"),
+    "forward and backward": ("finetune.core.loop.loop", "_backward"),
+    "clipping": ("finetune.core.loop.loop", "clip"),
+    "check of the loss": ("finetune.core.loop.loop", "_check_finite"),
 }
 KINDS = {
     "convolution": ("conv",),

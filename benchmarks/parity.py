@@ -20,9 +20,9 @@ from random_sd import write_pictures
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from finetune.core.batches import Batch, Update
-    from finetune.core.config import TrainConfig
-    from finetune.core.models import Models
+    from finetune.core.run import Batch, Update
+    from finetune.core.settings.training import TrainConfig
+    from finetune.diffusion.models import Models
     from training import Place, TrainingConfig
 
 RECORDED_STEPS = 20
@@ -34,7 +34,7 @@ SCHEDULE = "linear"
 
 def measure_parity(config: TrainingConfig, place: Place, method: str) -> dict[str, Any]:
     """Train both arms for as many steps, score both on the fixed list, and replay the script's first steps."""
-    from finetune.core.models import load_models
+    from finetune.diffusion.models import load_models
     from training import METHODS, arm_words, run_through
 
     models = load_models(config.parity_model)
@@ -79,13 +79,16 @@ def fixed_losses(config: TrainingConfig, place: Place, method: str, folder: Path
     """Return the mean loss of what an arm saved, or of the base model, on the fixed list."""
     import torch
 
-    from finetune.core.batches import Batch
-    from finetune.core.images import read_folder
-    from finetune.core.latents import encode
-    from finetune.core.models import Denoiser, encode_prompts, load_adapter, load_models
-    from finetune.core.noise import from_scheduler
-    from finetune.core.objective import denoising_loss
-    from finetune.core.pictures import CENTRE, Picture, load_pixels
+    from finetune.core.data.images import read_folder
+    from finetune.core.data.latents import encode
+    from finetune.core.data.pictures import CENTRE, Picture, load_pixels
+    from finetune.core.loss import denoising_loss
+    from finetune.core.run import Batch
+    from finetune.diffusion.adapters import load_adapter
+    from finetune.diffusion.denoiser import Denoiser
+    from finetune.diffusion.models import load_models
+    from finetune.diffusion.noise import from_scheduler
+    from finetune.diffusion.text import encode_prompts
 
     whole = folder is not None and method in ("full", "dreambooth")
     models = load_models(str(folder if whole else place.model))
@@ -96,7 +99,7 @@ def fixed_losses(config: TrainingConfig, place: Place, method: str, folder: Path
     shape = (place.resolution, place.resolution)
     pictures = [Picture(image=one, turn=None, captions=one.captions, shape=shape) for one in images]
     prompts = [prompt_of(method, folder, one.caption) for one in images]
-    from finetune.core.config import PictureConfig
+    from finetune.core.settings.images import PictureConfig
 
     schedule = from_scheduler(models.scheduler.config)
     random = torch.Generator().manual_seed(0)
@@ -140,7 +143,7 @@ class Recorded:
 
     def update(self, number: int) -> Update:
         """Return one of them."""
-        from finetune.core.batches import Update
+        from finetune.core.run import Update
 
         batch = self.batches[number]
         return Update(batches=[batch], weight=float(len(batch.names)), num_images=len(batch.names))
@@ -157,12 +160,13 @@ def replay(config: TrainingConfig, place: Place, method: str, record: Path) -> t
     from safetensors.torch import load_file
 
     from bare import what_learns
-    from finetune.core.config import TrainConfig
-    from finetune.core.loop import train
-    from finetune.core.models import Denoiser, load_models
-    from finetune.core.noise import from_scheduler
-    from finetune.core.objective import denoising_loss
-    from finetune.core.run import start_run
+    from finetune.core.loop.loop import train
+    from finetune.core.loss import denoising_loss
+    from finetune.core.settings.training import TrainConfig
+    from finetune.core.start import start_run
+    from finetune.diffusion.denoiser import Denoiser
+    from finetune.diffusion.models import load_models
+    from finetune.diffusion.noise import from_scheduler
     from training import METHODS
 
     recorded = load_file(record)
@@ -208,7 +212,7 @@ def batch_of(recorded: dict[str, Tensor], step: int) -> Batch:
     """Return one step of the script as a batch; its prompts are token ids where its text encoder has gradients."""
     import torch
 
-    from finetune.core.batches import Batch
+    from finetune.core.run import Batch
 
     latents, noise = recorded[f"{step}/latents"], recorded[f"{step}/noise"]
     learns_text = any(name.startswith("weights/text_encoder") for name in recorded)

@@ -4,8 +4,9 @@
 
 One process, one model, the two ways in turn. The scripts' ways: class images in batches of ``--stock_batch_size``
 prompts through a pipeline (train_dreambooth.py), previews one picture a call (train_text_to_image_lora.py); those
-loops are a few lines, written here again with the same calls, so that no checkout is needed. Ours: ``eval.sampling``,
-as class images, previews, eval.generate and eval.drift use it, with DPM-Solver++ at half the steps and at equal steps.
+loops are a few lines, written here again with the same calls, so that no checkout is needed. Ours:
+``finetune.diffusion.sampling``, as class images, previews, eval.generate and eval.drift use it, with
+DPM-Solver++ at half the steps and at equal steps.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from slicing import cpu_name, spread
 from training import has_gpu, versions
 
 if TYPE_CHECKING:
-    from finetune.core.models import Models
+    from finetune.diffusion.models import Models
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -131,10 +132,11 @@ def ways_of(config: SamplingBenchmark, model: Path, work: Path) -> dict[str, Cal
     from diffusers import DiffusionPipeline
     from PIL import Image
 
-    from eval.config import SamplingConfig
-    from eval.divergence import predictions
-    from eval.sampling import decode, sample_latents
-    from finetune.core.models import load_models
+    from finetune.diffusion.config import SamplingConfig
+    from finetune.diffusion.fixed_noise import predictions
+    from finetune.diffusion.models import load_models
+    from finetune.diffusion.sampling import sample_latents
+    from finetune.diffusion.vae import decode
 
     device = "cuda" if has_gpu() else "cpu"
     dtype = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[config.precision]

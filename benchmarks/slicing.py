@@ -30,8 +30,9 @@ import tifffile
 from PIL import Image
 
 from configs.load import command
-from data_prep.intensity import window_from
-from data_prep.manifest import read_manifest, read_rows, sha256_of
+from data_prep.folders.hashes import sha256_of
+from data_prep.folders.manifest import read_manifest, read_rows
+from data_prep.folders.window import window_from
 
 SHAPES = {"dry": (359, 702, 970), "dry_compacted": (197, 863, 773), "injected": (287, 701, 633)}
 MODES = ("RGB", "L")

@@ -29,7 +29,8 @@ import tifffile
 from numpy.typing import NDArray
 
 from configs.load import command
-from data_prep.readers import ReadConfig, open_volume
+from data_prep.readers.info import ReadConfig
+from data_prep.readers.open import open_volume
 from data_prep.readers.places import all_files
 
 Writer = Callable[[Path, NDArray[Any]], Path]

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from data_prep.shapes import Scene
-    from finetune.core.models import Models
+    from finetune.diffusion.models import Models
 
 SEEDS_PER_PROMPT = 16
 
@@ -53,9 +53,11 @@ def main(config: TinySdConfig) -> None:
     import torch
 
     from data_prep.shapes import picture
-    from eval.config import SamplingConfig
-    from eval.sampling import contact_sheet, sample
-    from finetune.core.models import load_models, model_hash
+    from eval.page.contact_sheet import contact_sheet
+    from finetune.diffusion.config import SamplingConfig
+    from finetune.diffusion.hashes import model_hash
+    from finetune.diffusion.models import load_models
+    from finetune.diffusion.sampling import sample
 
     start = time.monotonic()
     torch.manual_seed(0)
@@ -228,7 +230,7 @@ def _round_trip(models: Models, dataset: Path) -> dict[str, float]:
     import torch
     from PIL import Image
 
-    from data_prep.manifest import read_rows
+    from data_prep.folders.manifest import read_rows
 
     errors: dict[str, list[float]] = {}
     for row in read_rows(dataset / "validation"):

@@ -569,7 +569,7 @@ def flops_per_image(size: str, method: str, resolution: int) -> float:
     from torch.utils.flop_counter import FlopCounterMode
 
     from bare import what_learns
-    from finetune.core.models import Models
+    from finetune.diffusion.models import Models
     from random_sd import make_parts
 
     with torch.device("meta"):

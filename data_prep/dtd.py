@@ -18,10 +18,11 @@ from pathlib import Path, PurePosixPath
 
 from configs.errors import InputError, UsageError
 from configs.load import Positional, as_dict, command, one_line
-from data_prep import manifest
-from data_prep.images import publishable
-from data_prep.pictures import stems_of, take
-from data_prep.split import TRAIN, VALIDATION
+from data_prep.folders import manifest
+from data_prep.folders.image_folder import publishable
+from data_prep.folders.manifest import TRAIN, VALIDATION
+from data_prep.folders.pictures import stems_of, take
+from data_prep.folders.publish import check_free, publish
 
 # The dataset's name of each split, and ours.
 _SPLITS = {"train": TRAIN, "val": VALIDATION, "test": "test"}
@@ -109,7 +110,7 @@ class Archive:
 
 def main(config: DtdConfig) -> None:
     """Read the lists, copy the pictures, verify, publish."""
-    manifest.check_free(config.output_dir, overwrite=config.overwrite, mark=manifest.MANIFEST_NAME)
+    check_free(config.output_dir, overwrite=config.overwrite, mark=manifest.MANIFEST_NAME)
     archive = open_archive(config.source)
     classes = _classes(archive, config)
     names = _partition(archive, config, set(classes))
@@ -118,7 +119,7 @@ def main(config: DtdConfig) -> None:
     if config.dry_run:
         print(f"dry run: nothing was written to {config.output_dir}")
         return
-    with manifest.publish(config.output_dir, overwrite=config.overwrite, mark=manifest.MANIFEST_NAME) as folder:
+    with publish(config.output_dir, overwrite=config.overwrite, mark=manifest.MANIFEST_NAME) as folder:
         records: dict[str, list[dict[str, object]]] = {}
         for split, some in names.items():
             (folder / split).mkdir()

@@ -19,8 +19,9 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from configs.errors import InputError, UsageError
 from configs.load import Positional, as_dict, command
-from data_prep import manifest
-from data_prep.verify import captioned, split_folders, verify
+from data_prep.folders import manifest
+from data_prep.folders.checks import captioned, split_folders, verify
+from data_prep.folders.publish import check_free, publish
 
 if TYPE_CHECKING:
     import pyarrow
@@ -67,7 +68,7 @@ class ExportConfig:
 
 def main(config: ExportConfig) -> None:
     """Check, write, publish."""
-    manifest.check_free(config.output_dir, overwrite=config.overwrite, mark=EXPORT_NAME)
+    check_free(config.output_dir, overwrite=config.overwrite, mark=EXPORT_NAME)
     if config.output_dir.resolve().is_relative_to(config.dataset.resolve()):
         raise UsageError(f"--output_dir {config.output_dir}: lies inside the dataset; name another folder")
     verdict = verify(config.dataset, decode=False)
@@ -83,7 +84,7 @@ def main(config: ExportConfig) -> None:
     if config.dry_run:
         print(f"dry run: would write {counts} pictures as {config.format} to {config.output_dir}")
         return
-    with manifest.publish(config.output_dir, overwrite=config.overwrite, mark=EXPORT_NAME) as target:
+    with publish(config.output_dir, overwrite=config.overwrite, mark=EXPORT_NAME) as target:
         for split, rows in records.items():
             _WRITERS[config.format](folders[split], rows, target, split, config)
         if config.format == "txt":

@@ -18,9 +18,9 @@ import numpy as np
 
 from configs.errors import InputError, NothingLeftError, UsageError
 from configs.load import Positional, as_dict, command
-from data_prep import manifest
-from data_prep.manifest import SliceRow
-from data_prep.split import TRAIN
+from data_prep.folders import manifest
+from data_prep.folders.manifest import TRAIN, SliceRow
+from data_prep.folders.publish import check_free, publish
 
 _LOCAL_OPTIONS = {"dataset", "output_dir", "overwrite", "dry_run"}
 
@@ -53,7 +53,7 @@ class FewshotConfig:
 
 def main(config: FewshotConfig) -> None:
     """Draw, copy, publish."""
-    manifest.check_free(config.output_dir, overwrite=config.overwrite, mark=manifest.MANIFEST_NAME)
+    check_free(config.output_dir, overwrite=config.overwrite, mark=manifest.MANIFEST_NAME)
     if config.output_dir.resolve().is_relative_to(config.dataset.resolve()):
         raise UsageError(f"--output_dir {config.output_dir}: lies inside the dataset; name another folder")
     source = config.dataset / TRAIN
@@ -65,7 +65,7 @@ def main(config: FewshotConfig) -> None:
     if config.dry_run:
         print(f"dry run: nothing was written to {config.output_dir}")
         return
-    with manifest.publish(config.output_dir, overwrite=config.overwrite, mark=manifest.MANIFEST_NAME) as folder:
+    with publish(config.output_dir, overwrite=config.overwrite, mark=manifest.MANIFEST_NAME) as folder:
         for state, rows in chosen.items():
             instance = folder / _folder_name(state)
             instance.mkdir()

@@ -16,12 +16,13 @@ from typing import Literal
 
 import numpy as np
 
-from configs.errors import InputError, NothingLeftError, TisserandError, UsageError
+from configs.errors import InputError, NothingLeftError, UsageError
 from configs.load import Positional, as_dict, command, one_line
-from data_prep import manifest
-from data_prep.pictures import ENDINGS, stems_of, take
-from data_prep.split import TRAIN, VALIDATION
-from data_prep.verify import verify
+from data_prep.folders import manifest
+from data_prep.folders.image_folder import publishable
+from data_prep.folders.manifest import TRAIN, VALIDATION
+from data_prep.folders.pictures import ENDINGS, stems_of, take
+from data_prep.folders.publish import check_free, publish
 
 _FILES = {"csv": ("metadata.csv", "captions.csv"), "jsonl": ("metadata.jsonl", "captions.jsonl")}
 _LOCAL_OPTIONS = {"source", "output_dir", "overwrite", "dry_run"}
@@ -66,7 +67,7 @@ class ImagesConfig:
 
 def main(config: ImagesConfig) -> None:
     """Find captions, copy, verify, publish."""
-    manifest.check_free(config.output_dir, overwrite=config.overwrite, mark=manifest.MANIFEST_NAME)
+    check_free(config.output_dir, overwrite=config.overwrite, mark=manifest.MANIFEST_NAME)
     if not config.source.is_dir():
         raise InputError(f"{config.source}: there is no such folder")
     if config.output_dir.resolve().is_relative_to(config.source.resolve()):
@@ -79,7 +80,7 @@ def main(config: ImagesConfig) -> None:
     if config.dry_run:
         print(f"dry run: nothing was written to {config.output_dir}")
         return
-    with manifest.publish(config.output_dir, overwrite=config.overwrite, mark=manifest.MANIFEST_NAME) as folder:
+    with publish(config.output_dir, overwrite=config.overwrite, mark=manifest.MANIFEST_NAME) as folder:
         records: dict[str, list[dict[str, object]]] = {TRAIN: []}
         if held_out:
             records[VALIDATION] = []
@@ -104,36 +105,6 @@ def main(config: ImagesConfig) -> None:
         "  accelerate launch finetune/lora.py --pretrained_model_name_or_path assets/tiny-sd "
         f"--train_data_dir {train} --output_dir runs/lora"
     )
-
-
-def publishable(
-    folder: Path,
-    records: dict[str, list[dict[str, object]]],
-    *,
-    options: dict[str, object],
-    kind: str,
-    title: str,
-    notes: str = "",
-) -> None:
-    """Write rows, manifest and card of a folder of pictures, and check it.
-
-    Raises:
-        TisserandError: the folder fails the check.
-    """
-    for split, rows in records.items():
-        manifest.write_records(folder / split, rows)
-    counts = {split: len(rows) for split, rows in records.items()}
-    content = {"schema": 1, "kind": kind, "volumes": [], "options": options, "counts": counts, "leak": "unchecked"}
-    manifest.write_manifest(folder, content)
-    endings = sorted({Path(str(row["file_name"])).suffix for rows in records.values() for row in rows})
-    counted = "\n".join(f"- {split}: {count} pictures" for split, count in counts.items())
-    body = f"# {title}\n\n{notes}{counted}\n\nLeaks between the splits are unchecked: the pictures have no place.\n"
-    manifest.write_card(folder, body=body, splits=records, num_pictures=sum(counts.values()), endings=endings)
-    verdict = verify(folder)
-    if verdict.problems:
-        raise InputError(f"the pictures do not make a dataset: {verdict.problems[0]}")
-    if verdict.counts != counts:
-        raise TisserandError(f"the written folder holds {verdict.counts} pictures instead of {counts}")
 
 
 def find_captions(config: ImagesConfig) -> tuple[str, dict[str, str]]:

@@ -21,14 +21,15 @@ from numpy.typing import NDArray
 
 from configs.errors import UsageError
 from configs.load import Positional, as_dict, command
-from data_prep import png
-from data_prep.config import AXES, SliceConfig
-from data_prep.intensity import WindowConfig, WindowEstimate
-from data_prep.manifest import check_writable
-from data_prep.notices import notices
-from data_prep.plan import Plan, make_plans, num_workers
-from data_prep.readers import ReadConfig, VolumeInfo, open_volume
+from data_prep.folders import png
+from data_prep.folders.publish import check_writable
+from data_prep.readers.info import ReadConfig, VolumeInfo
+from data_prep.readers.open import open_volume
 from data_prep.readers.places import place_of
+from data_prep.slicing.config import AXES, SliceConfig
+from data_prep.slicing.intensity import WindowConfig, WindowEstimate
+from data_prep.slicing.notices import notices
+from data_prep.slicing.plan import Plan, make_plans, num_workers
 from prompts.vocabulary import DEFAULT
 
 # Planes that the pictures across them are made of, and slices shown of each direction.

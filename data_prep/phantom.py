@@ -40,7 +40,8 @@ from tqdm import tqdm
 
 from configs.errors import TisserandError, UsageError
 from configs.load import as_dict, command
-from data_prep.manifest import check_writable, sha256_of
+from data_prep.folders.hashes import sha256_of
+from data_prep.folders.publish import check_writable
 
 MATRIX, WARP, WEFT, OUTSIDE = range(4)
 VOID_GREY = 10.0

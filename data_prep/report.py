@@ -20,9 +20,10 @@ from typing import Any
 
 from configs.errors import InputError, UsageError
 from configs.load import Positional, command
-from data_prep import manifest
 from data_prep.buckets import bucket_of, square_of
-from data_prep.verify import Verdict, captioned, split_folders, verify
+from data_prep.folders import manifest
+from data_prep.folders.checks import Verdict, captioned, split_folders, verify
+from data_prep.folders.publish import check_writable
 
 REPORT_NAME = "report.html"
 TEMPLATE = "report.html.jinja"
@@ -64,7 +65,7 @@ def main(config: ReportConfig) -> None:
         raise UsageError(f"--output {config.output}: is a folder; name a file that ends with .html")
     if config.output.exists() and not config.overwrite:
         raise UsageError(f"--output {config.output}: already exists; name another file or pass --overwrite")
-    manifest.check_writable(config.output, "--output")
+    check_writable(config.output, "--output")
     verdict = verify(config.dataset)
     page = render(config.dataset, verdict, resolution=config.resolution, step=config.bucket_step)
     if config.dry_run:

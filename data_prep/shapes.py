@@ -354,7 +354,7 @@ def main(config: ShapesConfig) -> None:
     from PIL import Image
     from tqdm import tqdm
 
-    from data_prep.manifest import publish
+    from data_prep.folders.publish import publish
 
     with publish(config.output_dir, overwrite=config.overwrite, mark=SETTINGS_NAME) as folder:
         train = folder / "train"

@@ -21,18 +21,18 @@ import yaml
 
 from configs.errors import TisserandError, UsageError
 from configs.load import as_dict, command, save
-from data_prep import manifest
-from data_prep.card import card, count_pictures, entry
-from data_prep.config import SliceConfig
-from data_prep.cut import Found, joined, tasks_of
-from data_prep.drops import drops_of, total
-from data_prep.manifest import SliceRow
-from data_prep.notices import notices
-from data_prep.plan import Plan, make_plans, num_workers
+from data_prep.folders import manifest
+from data_prep.folders.checks import verify
+from data_prep.folders.manifest import TRAIN, SliceRow
+from data_prep.folders.publish import check_free, publish
 from data_prep.report import REPORT_NAME, render
-from data_prep.split import TRAIN
-from data_prep.spread import Cluster, cut_here, cut_in_processes
-from data_prep.verify import verify
+from data_prep.slicing.card import card, count_pictures, entry
+from data_prep.slicing.config import SliceConfig
+from data_prep.slicing.cut import Found, joined, tasks_of
+from data_prep.slicing.drops import drops_of, total
+from data_prep.slicing.notices import notices
+from data_prep.slicing.plan import Plan, make_plans, num_workers
+from data_prep.slicing.spread import Cluster, cut_here, cut_in_processes
 from prompts.vocabulary import DEFAULT, Vocabulary, read_vocabulary
 
 # Where things lie and how fast they are made is no property of the data.
@@ -46,7 +46,7 @@ _LISTED_CAPTIONS = 20
 
 def main(config: SliceConfig) -> None:
     """Plan, cut, verify and publish."""
-    manifest.check_free(config.output_dir, overwrite=config.overwrite, mark=manifest.MANIFEST_NAME)
+    check_free(config.output_dir, overwrite=config.overwrite, mark=manifest.MANIFEST_NAME)
     words = _words(config)
     if config.dry_run:
         _show(make_plans(config, words), config)
@@ -55,7 +55,7 @@ def main(config: SliceConfig) -> None:
     with ExitStack() as stack:
         # The folder is taken first: a second run into it has to learn so before it works for an hour.
         folder = stack.enter_context(
-            manifest.publish(config.output_dir, overwrite=config.overwrite, mark=manifest.MANIFEST_NAME)
+            publish(config.output_dir, overwrite=config.overwrite, mark=manifest.MANIFEST_NAME)
         )
         cluster = stack.enter_context(Cluster(config.scheduler)) if config.scheduler else None
         plans = make_plans(config, words)

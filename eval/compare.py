@@ -22,7 +22,7 @@ from configs.errors import InputError
 from configs.load import command, save
 
 if TYPE_CHECKING:
-    from eval.results import Result
+    from data_prep.folders.results import Result
 
 SAME = {
     "eval.fidelity": ("train", "validation", "records_grid"),
@@ -80,8 +80,8 @@ class Entry:
 
 def main(config: CompareConfig) -> None:
     """Read, check that like is compared with like, write the table and the plot."""
-    from data_prep.manifest import check_free, publish
-    from eval.results import command_line, write_results
+    from data_prep.folders.publish import check_free, publish
+    from data_prep.folders.results import command_line, write_results
 
     check_free(config.output_dir, overwrite=config.overwrite, mark="results.jsonl")
     entries = [read_entry(name, folder) for name, folder in config.runs.items()]
@@ -110,7 +110,7 @@ def read_entry(name: str, folder: Path) -> Entry:
     Raises:
         InputError: there are none, or a command has results in two folders.
     """
-    from eval.report_inputs import read_folder
+    from eval.page.inputs import read_folder
 
     if not folder.is_dir():
         raise InputError(f"--runs {name}={folder}: there is no such folder")
@@ -172,7 +172,7 @@ def check_alike(entries: Sequence[Entry]) -> None:
 
 def compare_rows(entries: Sequence[Entry]) -> list[Result]:
     """Return a row per entry and metric, and which entries no other is better than in both fidelity and retention."""
-    from eval.results import Result
+    from data_prep.folders.results import Result
 
     rows = [
         replace(row, set=entry.name, metric=metric)
@@ -268,7 +268,7 @@ def _grid(settings: Mapping[str, object], folder: Path) -> dict[str, str]:
     """Return the prompts and seeds of the generated folder that a check read, if it is still there."""
     import hashlib
 
-    from data_prep.manifest import read_records
+    from data_prep.folders.manifest import read_records
 
     path = Path(str(settings.get("generated", ""))) / "records.jsonl"
     if not settings.get("generated") or not path.is_file():

@@ -22,26 +22,27 @@ from typing import TYPE_CHECKING, Literal
 
 from configs.errors import GateError, UsageError
 from configs.load import Repeatable, command, save
-from eval.config import SamplingConfig, check_encoders, each_scale
+from eval.forgetting.evidence import MAX_FALSE_ALARM, MIN_RECALL, Evidence, Latents
+from eval.tiles.config import check_encoders
+from finetune.diffusion.config import SamplingConfig, each_scale
 
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
     from torch import Tensor
 
-    from eval.drift_scores import Views
-    from eval.encoders import Encoder
-    from eval.leak import LeakNet
-    from eval.results import Result, Verdict
-    from eval.verdicts import Policy
-    from finetune.core.models import Models
+    from data_prep.folders.results import Result, Verdict
+    from eval.forgetting.leak import LeakNet
+    from eval.forgetting.scores import Views
+    from eval.forgetting.verdicts import Policy
+    from eval.tiles.encoders import Encoder
+    from finetune.diffusion.models import Models
     from prompts.probes import Probe
+
 
 SHEET_SEEDS = 3
 SHEET_ROWS = 60
 NUM_EMPTY = 16
-MIN_RECALL = 0.9
-MAX_FALSE_ALARM = 0.1  # of 48 pictures, 5 % would be two; the base's own share is the floor of each score anyway
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,37 +107,12 @@ class DriftConfig:
             raise ValueError(f"--seed {self.seed}: from 0 to 2^62")
 
 
-@dataclass(frozen=True, kw_only=True)
-class Evidence:
-    """Everything that was made with the models, before any of it is judged.
-
-    Letters: P probes, S seeds, C captions, K latents, T timesteps. Pictures (P, S, H, W, 3) uint8, of ``base_more``
-    (N, H, W, 3), S = 0 in a pulse; predictions (P or C, K, T, 4, h, w).
-    """
-
-    base: NDArray[np.uint8]
-    base_again: NDArray[np.uint8]
-    base_more: NDArray[np.uint8]
-    tuned: NDArray[np.uint8]
-    base_predictions: Tensor
-    tuned_predictions: Tensor
-    captions: tuple[str, ...]
-    base_caption_predictions: Tensor | None
-    tuned_caption_predictions: Tensor | None
-
-
-@dataclass(frozen=True, kw_only=True)
-class Latents:
-    """What the base made, before decoding, of the probes and of the captions: (P or C, K, 4, h, w)."""
-
-    probes: Tensor
-    captions: Tensor | None
-
-
 def main(config: DriftConfig) -> None:
     """Make the pictures and predictions of both models, score them, and publish the folder when it is whole."""
-    from data_prep.manifest import METADATA_NAME, check_free, publish, sha256_of
-    from eval.verdicts import read_policy
+    from data_prep.folders.hashes import sha256_of
+    from data_prep.folders.manifest import METADATA_NAME
+    from data_prep.folders.publish import check_free, publish
+    from eval.forgetting.verdicts import read_policy
     from prompts.probes import probes_hash, read_probes
 
     check_free(config.output_dir, overwrite=config.overwrite, mark="results.jsonl")
@@ -145,11 +121,11 @@ def main(config: DriftConfig) -> None:
     if not probes:
         raise UsageError(f"--probes {config.probes}: marks no probe as light; pass --mode full")
 
-    from eval.drift_scores import score_drift, sweep_rows
-    from eval.provenance import base_mismatch, captions_of, dataset_of, pipeline_provenance
-    from eval.results import command_line, write_results
-    from eval.sampling import load_tuned
-    from finetune.core.models import model_hash
+    from data_prep.folders.provenance import base_mismatch, captions_of, dataset_of, pipeline_provenance
+    from data_prep.folders.results import command_line, write_results
+    from eval.forgetting.scores import score_drift, sweep_rows
+    from finetune.diffusion.hashes import model_hash
+    from finetune.diffusion.tuned import load_tuned
 
     encoders = _encoders(config)
     base_name = config.base or config.pretrained_model_name_or_path
@@ -221,15 +197,15 @@ def _encoders(config: DriftConfig) -> list[Encoder]:
     """Load the encoders asked for."""
     if not config.encoder:
         return []
-    from eval.encoders import load_encoder
+    from eval.tiles.encoders import load_encoder
 
     return [load_encoder(kind, folder) for kind, folder in config.encoder.items()]
 
 
 def view_with(encoder: Encoder, prompts: Sequence[str], evidence: Evidence) -> Views:
     """Look at the pictures, and read the prompts, with an encoder."""
-    from eval.drift_scores import Views
-    from eval.encoders import unit
+    from eval.forgetting.scores import Views
+    from eval.tiles.encoders import unit
 
     def seen(pictures: NDArray[np.uint8]) -> NDArray[np.float64]:
         flat = unit(encoder.images(pictures.reshape(-1, *pictures.shape[2:])))
@@ -262,8 +238,9 @@ def gather(config: DriftConfig, probes: Sequence[Probe], base: Models, tuned: Mo
     """Run both models; they may be one object with adapters, which are then off for the base's part."""
     import numpy as np
 
-    from eval.sampling import decode, require_light, sample, sample_latents
-    from finetune.core.models import set_adapter_scale
+    from finetune.diffusion.adapters import set_adapter_scale
+    from finetune.diffusion.sampling import require_light, sample, sample_latents
+    from finetune.diffusion.vae import decode
 
     settings, count = config.sampling, config.num_images
     seeds = range(config.seed, config.seed + count)
@@ -318,8 +295,8 @@ def at_strength(
     strength: float,
 ) -> Evidence:
     """Return the evidence with the tuned model's part made anew, its adapters at a share of the strength asked for."""
-    from eval.sampling import require_light, sample
-    from finetune.core.models import set_adapter_scale
+    from finetune.diffusion.adapters import set_adapter_scale
+    from finetune.diffusion.sampling import require_light, sample
 
     if config.base is None:
         set_adapter_scale(tuned, strength)
@@ -342,7 +319,7 @@ def at_strength(
 
 def _predict(config: DriftConfig, models: Models, prompts: Sequence[str], latents: Tensor) -> Tensor:
     """Predict at the noise levels and with the noise that both models share."""
-    from eval.divergence import predictions
+    from finetune.diffusion.fixed_noise import predictions
 
     return predictions(
         models,
@@ -364,8 +341,8 @@ def _learn_slices(config: DriftConfig, base: Models, evidence: Evidence) -> tupl
     Returns:
         The network, or None and the reason; and the rows of its two controls.
     """
-    from eval.leak import is_leaked, read_slices, round_trip, train_leak_net
-    from eval.results import Result
+    from data_prep.folders.results import Result
+    from eval.forgetting.leak import is_leaked, read_slices, round_trip, train_leak_net
 
     if config.mode == "pulse":
         return None, "a pulse makes no pictures", []
@@ -416,7 +393,7 @@ def _save_pictures(
     """Write all pictures, their records, and the sheet with base and tuned side by side."""
     from PIL import Image
 
-    from eval.sampling import contact_sheet
+    from eval.page.contact_sheet import contact_sheet
 
     seeds = range(config.seed, config.seed + config.num_images)
     records = []
@@ -481,7 +458,7 @@ def _swept(rows: Sequence[Result]) -> Iterable[str]:
 
 
 def _worst(verdicts: Sequence[Verdict]) -> str:
-    from eval.verdicts import worst
+    from eval.forgetting.verdicts import worst
 
     return worst(verdicts)
 

@@ -25,17 +25,17 @@ from typing import TYPE_CHECKING, Literal
 
 from configs.errors import InputError
 from configs.load import command, save
-from eval.config import SlicesConfig, check_encoders
+from eval.tiles.config import SlicesConfig, check_encoders
 
 if TYPE_CHECKING:
-    from eval.distances import Ints
-    from eval.encoders import Encoder
-    from eval.features import Grey, Tiles
-    from eval.fidelity_descriptors import Compared
-    from eval.fidelity_rows import Head, Naming, Seen, Sets
-    from eval.results import Result
-    from eval.slice_classifier import Reading, SliceClassifier
-    from eval.slice_sets import Generated, RealSlices
+    from data_prep.folders.results import Result
+    from eval.likeness.classifier import Reading, SliceClassifier
+    from eval.likeness.descriptor_rows import Compared
+    from eval.likeness.rows import Head, Naming, Seen, Sets
+    from eval.stats.distances import Ints
+    from eval.tiles.encoders import Encoder
+    from eval.tiles.features import Grey, Tiles
+    from eval.tiles.sets import Generated, RealSlices
 
 GREY_LEVELS = 2.0  # mean distance of the channels of a picture, beyond which it is not grey
 MOST_FOR_THRESHOLD = 200  # tiles of a state; their pixels are enough for a threshold
@@ -96,12 +96,12 @@ class Drawn:
 
 def main(config: FidelityConfig) -> None:
     """Draw tiles, train the classifier, measure, judge, and publish the folder when it is whole."""
-    from data_prep.manifest import check_free, publish
-    from eval.fidelity_descriptors import descriptor_rows
-    from eval.fidelity_rows import HEADS, Naming, fidelity_rows, why_not_believed
-    from eval.fidelity_swaps import swap_rows
-    from eval.results import command_line, write_results
-    from eval.slice_sets import choose_tile, hashes_of, read_both
+    from data_prep.folders.publish import check_free, publish
+    from data_prep.folders.results import command_line, write_results
+    from eval.likeness.descriptor_rows import descriptor_rows
+    from eval.likeness.rows import HEADS, Naming, fidelity_rows, why_not_believed
+    from eval.likeness.swaps import swap_rows
+    from eval.tiles.sets import choose_tile, hashes_of, read_both
 
     check_free(config.output_dir, overwrite=config.overwrite, mark="results.jsonl")
     encoders = _encoders(config)
@@ -112,8 +112,8 @@ def main(config: FidelityConfig) -> None:
     for note in _notes(config, real, generated, drawn, tile):
         print(note)
 
-    from eval.fidelity_pictures import save_overlays, save_pictures
-    from eval.slice_classifier import train_classifier
+    from eval.likeness.classifier import train_classifier
+    from eval.likeness.pictures import save_overlays, save_pictures
 
     truth = _truth(drawn.learning, naming)
     model = train_classifier(
@@ -156,8 +156,8 @@ def _encoders(config: FidelityConfig) -> list[Encoder]:
     """Load the encoders asked for, before anything is worked on."""
     if not config.encoder:
         return []
-    from eval.encoder_rows import check_torch_fidelity
-    from eval.encoders import load_encoder
+    from eval.likeness.encoder_rows import check_torch_fidelity
+    from eval.tiles.encoders import load_encoder
 
     if config.torch_fidelity:
         check_torch_fidelity()
@@ -175,7 +175,7 @@ def _encoded(
     """Compare the same tiles in the features of each encoder."""
     if not encoders:
         return []
-    from eval.encoder_rows import encoder_rows
+    from eval.likeness.encoder_rows import encoder_rows
 
     pixels = {
         "held_out": drawn.held_out.pixels,
@@ -203,8 +203,8 @@ def draw(config: FidelityConfig, real: RealSlices, generated: Generated, tile: i
     Raises:
         InputError: a caption of the dataset has nothing to learn from.
     """
-    from eval.features import draw_cuts, read_tiles
-    from eval.slice_sets import generated_cuts, real_cuts
+    from eval.tiles.features import draw_cuts, read_tiles
+    from eval.tiles.sets import generated_cuts, real_cuts
 
     cuts = real_cuts(real, tile)
     made = read_tiles(generated_cuts(generated.pictures, tile), tile, keep_flat=True)
@@ -272,8 +272,9 @@ def _round_trips(config: FidelityConfig, generated: Generated, sets: Sequence[Gr
         UsageError: the model was named on the command line and cannot be loaded.
     """
     from configs.errors import UsageError
-    from eval.features import vae_round_trip
-    from finetune.core.models import load_models, model_hash
+    from eval.tiles.features import vae_round_trip
+    from finetune.diffusion.hashes import model_hash
+    from finetune.diffusion.models import load_models
 
     name = config.slices.pretrained_model_name_or_path or generated.base_model
     if not name:
@@ -295,9 +296,9 @@ def _read_sets(
     """Read every set with the classifier."""
     import numpy as np
 
-    from eval.features import match_histograms_to
-    from eval.fidelity_rows import Seen, Sets
-    from eval.slice_classifier import read_slices
+    from eval.likeness.classifier import read_slices
+    from eval.likeness.rows import Seen, Sets
+    from eval.tiles.features import match_histograms_to
 
     learned = read_slices(model, drawn.learning.pixels).features
     mean, spread = learned.mean(axis=0), learned.std(axis=0) + 1e-6
@@ -330,8 +331,8 @@ def _describe_sets(drawn: Drawn, naming: Naming, round_trips: Sequence[Grey]) ->
     """Describe every set, state by state with the threshold between its phases from the learning tiles."""
     import numpy as np
 
-    from eval.descriptors import describe, phase_threshold
-    from eval.fidelity_descriptors import Compared, Described
+    from eval.likeness.descriptor_rows import Compared, Described
+    from eval.likeness.descriptors import describe, phase_threshold
 
     states = np.array([cut.label[0] for cut in drawn.learning.cuts])
     threshold = {
@@ -381,11 +382,11 @@ def _own_reading(config: FidelityConfig, real: RealSlices, generated: Generated,
     """
     import numpy as np
 
-    from eval.features import cover, draw_cuts, read_grey
-    from eval.own_classifier import caption_losses, own_classifier_rows
-    from eval.results import Result
-    from eval.sampling import load_tuned
-    from eval.slice_sets import split_cuts
+    from data_prep.folders.results import Result
+    from eval.likeness.own_classifier import caption_losses, own_classifier_rows
+    from eval.tiles.features import cover, draw_cuts, read_grey
+    from eval.tiles.sets import split_cuts
+    from finetune.diffusion.tuned import load_tuned
     from prompts.captions import caption
 
     name = config.slices.pretrained_model_name_or_path or generated.base_model
@@ -429,7 +430,7 @@ def coloured_row(paths: Sequence[Path]) -> Result:
     import numpy as np
     from PIL import Image
 
-    from eval.results import Result
+    from data_prep.folders.results import Result
 
     spreads = []
     for path in paths:

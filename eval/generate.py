@@ -24,13 +24,13 @@ from typing import TYPE_CHECKING, Literal
 
 from configs.errors import UsageError
 from configs.load import Repeatable, command, save
-from eval.config import SamplingConfig, each_scale
+from finetune.diffusion.config import SamplingConfig, each_scale
 
 if TYPE_CHECKING:
     import numpy as np
     from torch import Tensor
 
-    from eval.sampling import Request
+    from finetune.diffusion.vae import Request
 
 SHEET_COLUMNS = 8
 SHEET_ROWS = 60
@@ -83,8 +83,8 @@ class GenerateConfig:
 
 def main(config: GenerateConfig) -> None:
     """Load, generate batch by batch, and publish the folder when it is whole."""
-    from data_prep.manifest import check_free, publish
-    from eval.tiff16 import scales_of, write_slice
+    from data_prep.folders.publish import check_free, publish
+    from eval.tiles.tiff16 import scales_of, write_slice
     from prompts.grids import make_grid, read_grid, read_prompts, write_grid
 
     check_free(config.output_dir, overwrite=config.overwrite, mark="records.jsonl")
@@ -95,10 +95,13 @@ def main(config: GenerateConfig) -> None:
     from PIL import Image
     from tqdm import tqdm
 
-    from eval.provenance import base_mismatch, captions_of, dataset_of, pipeline_provenance, size_of
-    from eval.sampling import contact_sheet, load_tuned, require_light, sample
-    from eval.shares import join_team
-    from finetune.core.models import fold_adapters, model_hash
+    from data_prep.folders.provenance import base_mismatch, captions_of, dataset_of, pipeline_provenance, size_of
+    from eval.page.contact_sheet import contact_sheet
+    from finetune.diffusion.adapters import fold_adapters
+    from finetune.diffusion.hashes import model_hash
+    from finetune.diffusion.sampling import require_light, sample
+    from finetune.diffusion.shares import join_team
+    from finetune.diffusion.tuned import load_tuned
 
     team = join_team()
     tuned = load_tuned(config.pretrained_model_name_or_path, config.adapter, config.adapter_scale)

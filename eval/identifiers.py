@@ -21,7 +21,7 @@ from configs.load import Positional, command
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from finetune.core.models import Models
+    from finetune.diffusion.models import Models
 
 EVERYDAY = ("red", "wooden", "dog")
 """Words that a model knows: what a poor identifier does to its predictions."""
@@ -59,7 +59,7 @@ class IdentifiersConfig:
 
 def main(config: IdentifiersConfig) -> None:
     """Print how far each word moves the predictions, the least first."""
-    from eval.sampling import load_tuned
+    from finetune.diffusion.tuned import load_tuned
     from prompts.identifiers import judge, propose
     from prompts.word_vectors import read_word_vectors
 
@@ -88,9 +88,10 @@ def influence(models: Models, words: Sequence[str], config: IdentifiersConfig) -
         words: to put into the prompt.
         config: prompt, pictures and noise levels.
     """
-    from eval.config import SamplingConfig
-    from eval.divergence import divergence, divergence_parts, predictions
-    from eval.sampling import sample_latents
+    from eval.forgetting.divergence import divergence, divergence_parts
+    from finetune.diffusion.config import SamplingConfig
+    from finetune.diffusion.fixed_noise import predictions
+    from finetune.diffusion.sampling import sample_latents
 
     plain = " ".join(config.prompt.replace(HERE, " ").split())
     seeds = range(config.seed, config.seed + config.num_latents)

@@ -22,19 +22,19 @@ from typing import TYPE_CHECKING
 
 from configs.errors import InputError
 from configs.load import Repeatable, command, save
-from eval.config import SMALLEST_TILE, SlicesConfig, check_encoders
+from eval.tiles.config import SMALLEST_TILE, SlicesConfig, check_encoders
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from eval.copies import Matches
-    from eval.distances import Floats, Ints
-    from eval.encoders import Encoder
-    from eval.features import Cut, Grey, Tiles
-    from eval.memorization_rows import Agreement, LossGap, Searched, Side
-    from eval.results import Result
-    from eval.slice_sets import Generated, RealSlices
-    from finetune.core.models import Models
+    from data_prep.folders.results import Result
+    from eval.copying.copies import Matches
+    from eval.copying.rows import Agreement, LossGap, Searched, Side
+    from eval.stats.distances import Floats, Ints
+    from eval.tiles.encoders import Encoder
+    from eval.tiles.features import Cut, Grey, Tiles
+    from eval.tiles.sets import Generated, RealSlices
+    from finetune.diffusion.models import Models
     from prompts.vocabulary import Vocabulary
 
     Finder = Callable[[Grey, Grey], Matches]
@@ -109,10 +109,10 @@ class Drawn:
 
 def main(config: MemorizationConfig) -> None:
     """Draw tiles, search them, test the detectors, and publish the folder when it is whole."""
-    from data_prep.manifest import check_free, publish
-    from eval.memorization_rows import memorization_rows, split_audit
-    from eval.results import command_line, write_results
-    from eval.slice_sets import hashes_of, read_both
+    from data_prep.folders.publish import check_free, publish
+    from data_prep.folders.results import command_line, write_results
+    from eval.copying.rows import memorization_rows, split_audit
+    from eval.tiles.sets import hashes_of, read_both
 
     check_free(config.output_dir, overwrite=config.overwrite, mark="results.jsonl")
     vocabulary, real, generated = read_both(config.slices)
@@ -123,7 +123,7 @@ def main(config: MemorizationConfig) -> None:
         f"{len(drawn.held_out)} held-out ones, of {drawn.reference.pixels.shape[1]} px"
     )
 
-    from eval.memorization_pictures import save_distances, save_gallery
+    from eval.copying.pictures import save_distances, save_gallery
 
     model, no_model = _load(config, generated)
     searched = _search(config, drawn, model.tuned if model else None, vocabulary, encoders)
@@ -159,8 +159,8 @@ def draw(config: MemorizationConfig, real: RealSlices, generated: Generated, voc
     Raises:
         InputError: the tile does not fit, or nothing is left of the training slices.
     """
-    from eval.features import draw_cuts, read_tiles
-    from eval.slice_sets import choose_tile, generated_cuts, split_cuts
+    from eval.tiles.features import draw_cuts, read_tiles
+    from eval.tiles.sets import choose_tile, generated_cuts, split_cuts
 
     tile = choose_tile(config.slices, real, generated)
     learned = split_cuts(real, "train", tile)
@@ -188,8 +188,8 @@ def few_cuts(folder: Path, vocabulary: Vocabulary, tile: int) -> list[Cut]:
     """
     from PIL import Image
 
-    from data_prep.manifest import METADATA_NAME, is_inside, read_records
-    from eval.features import Cut, tile_corners
+    from data_prep.folders.manifest import METADATA_NAME, is_inside, read_records
+    from eval.tiles.features import Cut, tile_corners
     from prompts.captions import parse_caption
 
     cuts = []
@@ -229,8 +229,8 @@ def _load(config: MemorizationConfig, generated: Generated) -> tuple[Model | Non
         UsageError, InputError: a model or adapter was named on the command line and cannot be loaded.
     """
     from configs.errors import TisserandError
-    from eval.sampling import load_tuned
-    from finetune.core.models import model_hash
+    from finetune.diffusion.hashes import model_hash
+    from finetune.diffusion.tuned import load_tuned
 
     name = config.slices.pretrained_model_name_or_path or generated.base_model
     if not name:
@@ -255,7 +255,7 @@ def _encoders(config: MemorizationConfig) -> list[Encoder]:
     """Load the encoders asked for, before anything is worked on."""
     if not config.encoder:
         return []
-    from eval.encoders import load_encoder
+    from eval.tiles.encoders import load_encoder
 
     return [load_encoder(kind, folder) for kind, folder in config.encoder.items()]
 
@@ -270,11 +270,11 @@ def _search(
     """Search every set with every detector."""
     import numpy as np
 
-    from eval.copies import best_matches, planted
-    from eval.copy_net import net_matches, train_copy_net
-    from eval.encoders import matcher, unit
-    from eval.features import vae_round_trip
-    from eval.memorization_rows import Detector, Searched
+    from eval.copying.copies import best_matches, planted
+    from eval.copying.copy_net import net_matches, train_copy_net
+    from eval.copying.rows import Detector, Searched
+    from eval.tiles.encoders import matcher, unit
+    from eval.tiles.features import vae_round_trip
     from prompts.captions import caption
 
     reference = drawn.reference
@@ -347,8 +347,8 @@ def _within_captions(
     import numpy as np
     from tqdm import tqdm
 
-    from eval.copies import Matches
-    from eval.memorization_rows import Side
+    from eval.copying.copies import Matches
+    from eval.copying.rows import Side
 
     similarity, index, symmetry = np.zeros(len(cells)), *np.zeros((2, len(cells)), dtype=np.int64)
     offset = np.zeros((len(cells), 2), dtype=np.int64)
@@ -365,8 +365,8 @@ def _agreement(generated: TileSet, real: TileSet) -> Agreement:
     """Compare tiles of one caption with each other: other seeds, or other slabs; as many real ones as generated."""
     import numpy as np
 
-    from eval.copies import best_matches
-    from eval.memorization_rows import Agreement
+    from eval.copying.copies import best_matches
+    from eval.copying.rows import Agreement
 
     found: list[list[Floats]] = [[], []]
     for cell in np.unique(generated[1]):
@@ -386,11 +386,12 @@ def _loss_gap(
     """Compare how much tuning lowered the loss of trained and of held-out slices, or say why not."""
     import numpy as np
 
-    from eval.features import cover, draw_cuts, read_grey
-    from eval.loss_gap import denoising_losses, slice_latents
-    from eval.memorization_rows import LossGap
-    from eval.slice_sets import split_cuts
-    from finetune.core.models import set_adapter_scale
+    from eval.copying.rows import LossGap
+    from eval.tiles.features import cover, draw_cuts, read_grey
+    from eval.tiles.sets import split_cuts
+    from finetune.diffusion.adapters import set_adapter_scale
+    from finetune.diffusion.fixed_noise import denoising_losses
+    from finetune.diffusion.vae import slice_latents
     from prompts.captions import caption
 
     if not config.loss_slices or not real.validation:
@@ -441,7 +442,7 @@ def _loss_gap(
 
 def _num_trained(config: MemorizationConfig, real: RealSlices) -> int:
     """Return how many slices the model was trained on."""
-    from data_prep.manifest import METADATA_NAME, read_records
+    from data_prep.folders.manifest import METADATA_NAME, read_records
 
     return len(read_records(config.train_data_dir / METADATA_NAME)) if config.train_data_dir else len(real.train)
 

@@ -20,7 +20,7 @@ from configs.errors import GateError, TisserandError, UsageError
 from configs.load import command
 
 if TYPE_CHECKING:
-    from eval.report_inputs import Folder, Run
+    from eval.page.inputs import Folder, Run
 
 TEMPLATE = "report.html.jinja"
 SCRIPT = "report_film.js"
@@ -51,13 +51,13 @@ class ReportConfig:
 
 def main(config: ReportConfig) -> None:
     """Read everything, render, check the size, and put the page in place when it is whole."""
-    from eval.report_inputs import LARGEST_PAGE, read_folder, read_run
+    from eval.page.inputs import LARGEST_PAGE, read_folder, read_run
 
     if config.output.is_dir():
         raise UsageError(f"--output {config.output}: is a folder; name a file that ends with .html")
     if config.output.exists() and not config.overwrite:
         raise UsageError(f"--output {config.output}: already exists; name another file or pass --overwrite")
-    from eval.report_sections import verdict_boxes
+    from eval.page.sections import verdict_boxes
 
     run = read_run(config.run) if config.run else None
     folders = [read_folder(path) for path in config.results]
@@ -82,11 +82,11 @@ def render(config: ReportConfig, run: Run | None, folders: Sequence[Folder]) -> 
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
     from markupsafe import Markup
 
-    from eval import report_sections as sections
-    from eval.report_curves import drift_curves, loss_curve, selection_line
-    from eval.report_drift import drift_heats, drift_sections
-    from eval.report_film import films
-    from eval.report_inputs import Pictures, find_dataset
+    from eval.page import sections as sections
+    from eval.page.curves import drift_curves, loss_curve, selection_line
+    from eval.page.drift import drift_heats, drift_sections
+    from eval.page.film import films
+    from eval.page.inputs import Pictures, find_dataset
 
     pictures = Pictures()
     environment = Environment(

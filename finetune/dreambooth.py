@@ -18,22 +18,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from configs.load import command
-from finetune.core.config import (
-    DriftWatchConfig,
-    HubConfig,
-    ModelConfig,
-    NoiseConfig,
-    ObjectiveConfig,
-    PictureConfig,
-    PreviewConfig,
-    RefusedConfig,
-    TrainConfig,
-    WatchConfig,
-)
-from finetune.core.method_config import EmaConfig, InstanceConfig, PriorConfig, TextEncoderConfig, check_folders
+from finetune.core.settings.images import PictureConfig
+from finetune.core.settings.methods import EmaConfig, InstanceConfig, PriorConfig, TextEncoderConfig, check_folders
+from finetune.core.settings.model import HubConfig, ModelConfig, RefusedConfig
+from finetune.core.settings.training import ObjectiveConfig, TrainConfig
+from finetune.core.settings.watching import DriftWatchConfig, PreviewConfig, WatchConfig
+from finetune.diffusion.config import NoiseConfig
 
 if TYPE_CHECKING:
-    from finetune.core.open import Opened
+    from finetune.core.run import Opened
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,9 +71,9 @@ class DreamBoothRun:
 
 def main(config: DreamBoothRun) -> None:
     """Train the model and save it."""
-    from finetune.core.images import data_provenance, read_instance_images
+    from data_prep.folders.run_folder import PIPELINE_FILE, PIPELINE_PARTS
+    from finetune.core.data.images import data_provenance, read_instance_images
     from finetune.core.open import open_run
-    from finetune.core.weights import PIPELINE_FILE, PIPELINE_PARTS
 
     images = read_instance_images(config.instance)
     data = data_provenance(images, [config.instance.instance_data_dir])
@@ -92,13 +85,13 @@ def main(config: DreamBoothRun) -> None:
 
 def train_dreambooth(opened: Opened, config: DreamBoothRun) -> None:
     """Train in a run that was opened, on images that passed the checks."""
-    from finetune.core.averages import Averages
-    from finetune.core.body import image_batches, train_and_save
-    from finetune.core.optimizer import learning_rates
-    from finetune.core.prior import with_prior
-    from finetune.core.trainable import all_weights
-    from finetune.core.watch import HeldOut
-    from finetune.core.weights import save_pipeline
+    from finetune.core.data.prior import with_prior
+    from finetune.core.learns.averages import Averages
+    from finetune.core.learns.optimizer import learning_rates
+    from finetune.core.learns.trainable import all_weights
+    from finetune.core.recipe import image_batches, train_and_save
+    from finetune.core.run import HeldOut
+    from finetune.core.save.weights import save_pipeline
 
     run, models = opened.run, opened.models
     batches = image_batches(opened, config, learns_text=config.text_encoder.train_text_encoder)

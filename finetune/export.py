@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from configs.errors import InputError, UsageError
 from configs.load import Repeatable, command
-from eval.config import each_scale
+from finetune.diffusion.config import each_scale
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -89,9 +89,10 @@ def main(config: ExportConfig) -> None:
 
 def rename(config: ExportConfig) -> None:
     """Write one LoRA in the other layout."""
-    from data_prep.manifest import check_writable
-    from finetune.core.models import EMBEDDINGS_FILE, adapter_files
-    from finetune.core.weights import write_tensors
+    from data_prep.folders.publish import check_writable
+    from data_prep.folders.run_folder import EMBEDDINGS_FILE
+    from finetune.core.save.weights import write_tensors
+    from finetune.diffusion.adapters import adapter_files
 
     (given,), target = config.adapter, Path(str(config.output))
     if target.exists() and not config.overwrite:
@@ -183,11 +184,14 @@ def to_diffusers(
 
 def merge(config: ExportConfig) -> None:
     """Add the adapters to the weights of the base model and save a pipeline that needs none."""
-    from data_prep.manifest import publish
-    from eval.provenance import captions_of, shapes_of, size_of
-    from eval.sampling import put_on
-    from finetune.core.models import fold_adapters, load_models, model_provenance
-    from finetune.core.weights import PIPELINE_FILE, save_pipeline
+    from data_prep.folders.provenance import captions_of, shapes_of, size_of
+    from data_prep.folders.publish import publish
+    from data_prep.folders.run_folder import PIPELINE_FILE
+    from finetune.core.save.weights import save_pipeline
+    from finetune.diffusion.adapters import fold_adapters
+    from finetune.diffusion.hashes import model_provenance
+    from finetune.diffusion.models import load_models
+    from finetune.diffusion.tuned import put_on
 
     target, base = Path(str(config.output_dir)), str(config.pretrained_model_name_or_path)
     with publish(target, overwrite=config.overwrite, mark=PIPELINE_FILE) as folder:

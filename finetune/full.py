@@ -15,23 +15,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from configs.load import command
-from finetune.core.config import (
-    DriftWatchConfig,
-    HubConfig,
-    ImageFolderConfig,
-    ModelConfig,
-    NoiseConfig,
-    ObjectiveConfig,
-    PictureConfig,
-    PreviewConfig,
-    RefusedConfig,
-    TrainConfig,
-    WatchConfig,
-)
-from finetune.core.method_config import EmaConfig, PriorConfig, TextEncoderConfig
+from finetune.core.settings.images import ImageFolderConfig, PictureConfig
+from finetune.core.settings.methods import EmaConfig, PriorConfig, TextEncoderConfig
+from finetune.core.settings.model import HubConfig, ModelConfig, RefusedConfig
+from finetune.core.settings.training import ObjectiveConfig, TrainConfig
+from finetune.core.settings.watching import DriftWatchConfig, PreviewConfig, WatchConfig
+from finetune.diffusion.config import NoiseConfig
 
 if TYPE_CHECKING:
-    from finetune.core.open import Opened
+    from finetune.core.run import Opened
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,10 +48,10 @@ class FullRun:
 
 def main(config: FullRun) -> None:
     """Train the model and save it."""
-    from finetune.core.hub_dataset import local_images
-    from finetune.core.images import data_provenance, read_images
+    from data_prep.folders.run_folder import PIPELINE_FILE, PIPELINE_PARTS
+    from finetune.core.data.hub_dataset import local_images
+    from finetune.core.data.images import data_provenance, read_images
     from finetune.core.open import open_run
-    from finetune.core.weights import PIPELINE_FILE, PIPELINE_PARTS
 
     config = replace(config, images=local_images(config.images, config.model.cache_dir))
     images = read_images(config.images)
@@ -72,13 +64,13 @@ def main(config: FullRun) -> None:
 
 def train_full(opened: Opened, config: FullRun) -> None:
     """Train in a run that was opened, on images that passed the checks."""
-    from finetune.core.averages import Averages
-    from finetune.core.body import image_batches, train_and_save
-    from finetune.core.optimizer import learning_rates
-    from finetune.core.prior import with_prior
-    from finetune.core.trainable import all_weights
-    from finetune.core.watch import HeldOut
-    from finetune.core.weights import save_pipeline
+    from finetune.core.data.prior import with_prior
+    from finetune.core.learns.averages import Averages
+    from finetune.core.learns.optimizer import learning_rates
+    from finetune.core.learns.trainable import all_weights
+    from finetune.core.recipe import image_batches, train_and_save
+    from finetune.core.run import HeldOut
+    from finetune.core.save.weights import save_pipeline
 
     run, models = opened.run, opened.models
     batches = image_batches(

@@ -16,23 +16,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from configs.load import command
-from finetune.core.config import (
-    DriftWatchConfig,
-    HubConfig,
-    ImageFolderConfig,
-    ModelConfig,
-    NoiseConfig,
-    ObjectiveConfig,
-    PictureConfig,
-    PreviewConfig,
-    RefusedConfig,
-    TrainConfig,
-    WatchConfig,
-)
-from finetune.core.method_config import EmaConfig, LoraConfig, PriorConfig, TextEncoderConfig
+from finetune.core.settings.images import ImageFolderConfig, PictureConfig
+from finetune.core.settings.methods import EmaConfig, LoraConfig, PriorConfig, TextEncoderConfig
+from finetune.core.settings.model import HubConfig, ModelConfig, RefusedConfig
+from finetune.core.settings.training import ObjectiveConfig, TrainConfig
+from finetune.core.settings.watching import DriftWatchConfig, PreviewConfig, WatchConfig
+from finetune.diffusion.config import NoiseConfig
 
 if TYPE_CHECKING:
-    from finetune.core.open import Opened
+    from finetune.core.run import Opened
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,9 +50,9 @@ class LoraRun:
 
 def main(config: LoraRun) -> None:
     """Train the adapters and save them."""
-    from finetune.core.hub_dataset import local_images
-    from finetune.core.images import data_provenance, read_images
-    from finetune.core.models import LORA_FILE
+    from data_prep.folders.run_folder import LORA_FILE
+    from finetune.core.data.hub_dataset import local_images
+    from finetune.core.data.images import data_provenance, read_images
     from finetune.core.open import open_run
 
     config = replace(config, images=local_images(config.images, config.model.cache_dir))
@@ -72,13 +64,13 @@ def main(config: LoraRun) -> None:
 
 def train_lora(opened: Opened, config: LoraRun) -> None:
     """Train in a run that was opened, on images that passed the checks."""
-    from finetune.core.averages import Averages
-    from finetune.core.body import image_batches, train_and_save
-    from finetune.core.optimizer import learning_rates
-    from finetune.core.prior import with_prior
-    from finetune.core.trainable import lora_adapters
-    from finetune.core.watch import HeldOut
-    from finetune.core.weights import save_lora
+    from finetune.core.data.prior import with_prior
+    from finetune.core.learns.averages import Averages
+    from finetune.core.learns.optimizer import learning_rates
+    from finetune.core.learns.trainable import lora_adapters
+    from finetune.core.recipe import image_batches, train_and_save
+    from finetune.core.run import HeldOut
+    from finetune.core.save.weights import save_lora
 
     run, models = opened.run, opened.models
     batches = image_batches(

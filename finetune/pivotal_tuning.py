@@ -21,23 +21,10 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
+from configs.checks import need_not_negative, need_positive, refuse
 from configs.load import command
-from finetune.core.config import (
-    DriftWatchConfig,
-    HubConfig,
-    ModelConfig,
-    NoiseConfig,
-    ObjectiveConfig,
-    PictureConfig,
-    PreviewConfig,
-    RefusedConfig,
-    TrainConfig,
-    WatchConfig,
-    need_not_negative,
-    need_positive,
-    refuse,
-)
-from finetune.core.method_config import (
+from finetune.core.settings.images import PictureConfig
+from finetune.core.settings.methods import (
     EmaConfig,
     LoraConfig,
     PriorConfig,
@@ -45,10 +32,13 @@ from finetune.core.method_config import (
     TextEncoderConfig,
     TokenConfig,
 )
+from finetune.core.settings.model import HubConfig, ModelConfig, RefusedConfig
+from finetune.core.settings.training import ObjectiveConfig, TrainConfig
+from finetune.core.settings.watching import DriftWatchConfig, PreviewConfig, WatchConfig
+from finetune.diffusion.config import NoiseConfig
 
 if TYPE_CHECKING:
-    from finetune.core.batches import Batches, Update
-    from finetune.core.open import Opened
+    from finetune.core.run import Batches, Opened, Update
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -158,10 +148,10 @@ class Staged:
 def main(config: PivotalTuningRun) -> None:
     """Train the rows, then the adapters, and save both."""
     from configs.errors import UsageError
-    from finetune.core.images import data_provenance
-    from finetune.core.models import EMBEDDINGS_FILE, LORA_FILE
+    from data_prep.folders.run_folder import EMBEDDINGS_FILE, LORA_FILE
+    from finetune.core.data.images import data_provenance
+    from finetune.core.learns.words import word_images
     from finetune.core.open import open_run
-    from finetune.core.tokens import word_images
 
     folders = (config.instance_data_dir,)
     images = word_images(folders, "--instance_data_dir", config.tokens, config.sentences)
@@ -186,13 +176,13 @@ def main(config: PivotalTuningRun) -> None:
 
 def train_word_and_adapters(opened: Opened, config: PivotalTuningRun, alone: int) -> None:
     """Train in a run that was opened, on images that passed the checks; the adapters begin after ``alone`` updates."""
-    from finetune.core.averages import Averages
-    from finetune.core.body import image_batches, train_and_save
-    from finetune.core.optimizer import base_learning_rate, learning_rates
-    from finetune.core.prior import with_prior
-    from finetune.core.tokens import add_word, heldout_images
-    from finetune.core.trainable import Group, Learns, lora_adapters
-    from finetune.core.weights import WordCopies, save_embeddings, save_lora
+    from finetune.core.data.prior import with_prior
+    from finetune.core.learns.averages import Averages
+    from finetune.core.learns.optimizer import base_learning_rate, learning_rates
+    from finetune.core.learns.trainable import Group, Learns, lora_adapters
+    from finetune.core.learns.words import add_word, heldout_images
+    from finetune.core.recipe import image_batches, train_and_save
+    from finetune.core.save.weights import WordCopies, save_embeddings, save_lora
 
     run, models = opened.run, opened.models
     rate, text_rate = learning_rates(config.train, config.text_encoder, run.accelerator.num_processes)

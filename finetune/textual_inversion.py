@@ -16,22 +16,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from configs.load import command
-from finetune.core.config import (
-    DriftWatchConfig,
-    HubConfig,
-    ModelConfig,
-    NoiseConfig,
-    ObjectiveConfig,
-    PictureConfig,
-    PreviewConfig,
-    RefusedConfig,
-    TrainConfig,
-    WatchConfig,
-)
-from finetune.core.method_config import EmaConfig, NoPriorConfig, SentenceConfig, TokenConfig
+from finetune.core.settings.images import PictureConfig
+from finetune.core.settings.methods import EmaConfig, NoPriorConfig, SentenceConfig, TokenConfig
+from finetune.core.settings.model import HubConfig, ModelConfig, RefusedConfig
+from finetune.core.settings.training import ObjectiveConfig, TrainConfig
+from finetune.core.settings.watching import DriftWatchConfig, PreviewConfig, WatchConfig
+from finetune.diffusion.config import NoiseConfig
 
 if TYPE_CHECKING:
-    from finetune.core.open import Opened
+    from finetune.core.run import Opened
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,11 +59,10 @@ class TextualInversionRun:
 
 def main(config: TextualInversionRun) -> None:
     """Train the rows and save them."""
-    from finetune.core.images import data_provenance
-    from finetune.core.models import EMBEDDINGS_FILE
+    from data_prep.folders.run_folder import EMBEDDINGS_FILE, PIPELINE_FILE, PIPELINE_PARTS
+    from finetune.core.data.images import data_provenance
+    from finetune.core.learns.words import word_images
     from finetune.core.open import open_run
-    from finetune.core.tokens import word_images
-    from finetune.core.weights import PIPELINE_FILE, PIPELINE_PARTS
 
     images = word_images(config.train_data_dir, "--train_data_dir", config.tokens, config.sentences)
     data = data_provenance(images, config.train_data_dir)
@@ -84,11 +76,11 @@ def main(config: TextualInversionRun) -> None:
 
 def train_word(opened: Opened, config: TextualInversionRun) -> None:
     """Train in a run that was opened, on images that passed the checks."""
-    from finetune.core.averages import Averages
-    from finetune.core.body import image_batches, train_and_save
-    from finetune.core.optimizer import base_learning_rate
-    from finetune.core.tokens import add_word, heldout_images, into_table
-    from finetune.core.weights import WordCopies, save_embeddings, save_pipeline
+    from finetune.core.learns.averages import Averages
+    from finetune.core.learns.optimizer import base_learning_rate
+    from finetune.core.learns.words import add_word, heldout_images, into_table
+    from finetune.core.recipe import image_batches, train_and_save
+    from finetune.core.save.weights import WordCopies, save_embeddings, save_pipeline
 
     run, models = opened.run, opened.models
     word = add_word(models, config.tokens)

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from configs.errors import InputError
-from data_prep.readers import ReadConfig, VolumeInfo
+from data_prep.readers.info import ReadConfig, VolumeInfo
 from data_prep.readers.places import Place, one_line, open_place, size_of
 from data_prep.readers.slabs import select_one, slab_depth, slabs
 from data_prep.readers.tiff_metadata import UNITS_UM, plausible

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from configs.errors import InputError
-from data_prep.readers import ReadConfig, VolumeInfo
+from data_prep.readers.info import ReadConfig, VolumeInfo
 from data_prep.readers.places import Place, beside, open_place, read_into, size_of
 from data_prep.readers.tiff_metadata import UNITS_UM, plausible
 from data_prep.readers.tiff_pages import native

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from configs.errors import InputError
-from data_prep.readers import ReadConfig, VolumeInfo
+from data_prep.readers.info import ReadConfig, VolumeInfo
 from data_prep.readers.places import Place, one_line
 from data_prep.readers.tiff_pages import native
 

@@ -19,7 +19,7 @@ import tifffile
 from numpy.typing import NDArray
 
 from configs.errors import InputError
-from data_prep.readers import ReadConfig, VolumeInfo, without
+from data_prep.readers.info import ReadConfig, VolumeInfo, without
 from data_prep.readers.places import Place, UnreachableError, one_line, open_place, read_into, size_of
 from data_prep.readers.tiff_metadata import Axes, axes_of, voxel_um_of
 from data_prep.readers.tiff_pages import (

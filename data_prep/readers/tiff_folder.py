@@ -16,7 +16,7 @@ import tifffile
 from numpy.typing import NDArray
 
 from configs.errors import InputError
-from data_prep.readers import ReadConfig, VolumeInfo, without
+from data_prep.readers.info import ReadConfig, VolumeInfo, without
 from data_prep.readers.places import Place, UnreachableError, inside, one_line, open_place, read_into
 from data_prep.readers.tiff_pages import Page, check_lzw, check_values, log_records, native, open_page
 

@@ -4,26 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
-
-import torch
+from typing import Protocol
 
 from configs.errors import UsageError
-from finetune.core.batches import CaptionedBatches
-from finetune.core.card import write_card
-from finetune.core.config import HubConfig, ModelConfig, NoiseConfig, PictureConfig, TrainConfig
-from finetune.core.flips import ways_to_show
-from finetune.core.hub import check_hub, find_repository, push
-from finetune.core.images import CaptionedImage, data_hash
-from finetune.core.method_config import PriorConfig
-from finetune.core.models import Models, check_folder, load_models, model_hash
-from finetune.core.noise import NoiseSchedule, from_scheduler, trained_scheduler
-from finetune.core.prior import check_prior
-from finetune.core.run import Run, start_run
-
-if TYPE_CHECKING:
-    from diffusers import SchedulerMixin
+from finetune.core.data.flips import ways_to_show
+from finetune.core.data.images import CaptionedImage, data_hash
+from finetune.core.data.prior import check_prior
+from finetune.core.run import Opened
+from finetune.core.save.card import write_card
+from finetune.core.save.hub import check_hub, find_repository, push
+from finetune.core.settings.images import PictureConfig
+from finetune.core.settings.methods import PriorConfig
+from finetune.core.settings.model import HubConfig, ModelConfig
+from finetune.core.settings.training import TrainConfig
+from finetune.core.start import start_run
+from finetune.diffusion.config import NoiseConfig
+from finetune.diffusion.hashes import model_hash
+from finetune.diffusion.models import check_folder, load_models
+from finetune.diffusion.noise import from_scheduler, trained_scheduler
 
 
 class Recipe(Protocol):
@@ -48,54 +46,6 @@ class Recipe(Protocol):
     @property
     def hub(self) -> HubConfig:
         """Whether to upload what the run leaves."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Opened:
-    """A run in progress with its base model.
-
-    Attributes:
-        models: as loaded: float32, frozen, on the training device; the scheduler is the one that is trained.
-        base_scheduler: as loaded; what the base model itself is sampled with.
-        schedule: what is trained, on the training device.
-        images: that passed the checks.
-        data: what the weights file says about them.
-        base: what the weights file says about the base model: its name as typed, and its hash.
-    """
-
-    run: Run
-    models: Models
-    base_scheduler: SchedulerMixin
-    schedule: NoiseSchedule
-    images: list[CaptionedImage]
-    data: dict[str, object]
-    base: dict[str, str]
-
-    @property
-    def device(self) -> torch.device:
-        """Where the forward pass runs."""
-        return self.run.accelerator.device
-
-    def provenance(self, method: str, batches: CaptionedBatches, prior: PriorConfig | None = None) -> dict[str, Any]:
-        """Return what the weights say about where they come from, and in which shapes pictures are made of them."""
-        shapes = batches.shapes
-        height, width = next(iter(shapes))
-        return {
-            "method": method,
-            "base_model": self.base,
-            **self.data,
-            "config_hash": self.run.config_hash,
-            "height": height,
-            "width": width,
-            "shapes": [
-                {"height": rows, "width": columns, "captions": dict(captions)}
-                for (rows, columns), captions in shapes.items()
-            ],
-            "scheduler": dict(self.models.scheduler.config),
-            "steps": self.run.total_steps,
-            "planned_steps": self.run.planned_steps,
-            **(prior.provenance if prior else {}),
-        }
 
 
 @contextmanager

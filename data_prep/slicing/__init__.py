@@ -1,0 +1,1 @@
+"""Volumes to captioned slices: planned, cut, split and audited."""

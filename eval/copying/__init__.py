@@ -1,0 +1,1 @@
+"""Whether generated slices are copies of training slices."""

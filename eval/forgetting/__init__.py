@@ -1,0 +1,1 @@
+"""What a model forgot: evidence, scores, verdicts."""

@@ -1,0 +1,1 @@
+"""Whether generated slices look like real ones, and show what was asked."""

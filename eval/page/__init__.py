@@ -1,0 +1,1 @@
+"""The report: its inputs, sections, curves and pictures."""

@@ -1,0 +1,1 @@
+"""Distances and intervals that hold on correlated slices."""

@@ -1,0 +1,1 @@
+"""Images to batches: read, shaped, encoded once, drawn in a seeded order."""

@@ -1,0 +1,1 @@
+"""What learns: weights, adapters, words, their averages, and the optimizer."""

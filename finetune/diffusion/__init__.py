@@ -1,0 +1,1 @@
+"""One Stable Diffusion as a value: loaded, adapted, denoising, encoding and sampling."""

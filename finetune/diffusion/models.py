@@ -1,0 +1,258 @@
+"""Load the parts of a Stable Diffusion, put adapters on them, and name them by their content.
+
+Shapes: prompts N, token places L, embedding width D, latents (B, 4, h, w).
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from diffusers import (
+    SchedulerMixin,
+)
+
+from configs.errors import UsageError
+from finetune.diffusion.config import NoiseConfig
+
+if TYPE_CHECKING:
+    from diffusers import AutoencoderKL, SchedulerMixin, StableDiffusionPipeline, UNet2DConditionModel
+    from transformers import CLIPTextModel, CLIPTokenizer
+
+
+@dataclass(kw_only=True)
+class Models:
+    """The parts of one Stable Diffusion.
+
+    Attributes:
+        scheduler: diffusers', as loaded; with adapters on, its schedule and prediction type are those they learned.
+        name: what the user typed.
+        base_scheduler: as loaded.
+        adapter_noise: schedule and prediction type of the adapters' training, or None if they do not tell.
+        adapter_scales: strength each adapter was loaded with, by its name within peft, or by its new word.
+        base_tokenizer: as loaded; ``tokenizer`` knows the words of the embeddings, too, while they are on.
+    """
+
+    tokenizer: CLIPTokenizer
+    text_encoder: CLIPTextModel
+    vae: AutoencoderKL
+    unet: UNet2DConditionModel
+    scheduler: SchedulerMixin
+    name: str
+    base_scheduler: SchedulerMixin = field(init=False)
+    adapter_noise: NoiseConfig | None = field(init=False, default=None)
+    adapter_scales: dict[str, float] = field(init=False, default_factory=dict)
+    base_tokenizer: CLIPTokenizer = field(init=False)
+    tuned_tokenizer: CLIPTokenizer = field(init=False)
+
+    def __post_init__(self) -> None:
+        """Keep what the base was trained with, and which words it knows."""
+        self.base_scheduler = self.scheduler
+        self.base_tokenizer = self.tuned_tokenizer = self.tokenizer
+
+    @property
+    def vae_scale_factor(self) -> int:
+        """Pixels per latent cell, along each side."""
+        return 2 ** (len(self.vae.config.block_out_channels) - 1)
+
+    @property
+    def size_px(self) -> int:
+        """Side of the square picture the U-Net was made for, in pixels."""
+        return int(self.unet.config.sample_size) * self.vae_scale_factor
+
+
+def load_models(
+    name_or_path: str,
+    *,
+    revision: str | None = None,
+    variant: str | None = None,
+    cache_dir: Path | None = None,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype = torch.float32,
+    unet_revision: str | None = None,
+    tokenizer_name: str | None = None,
+    tokenizer_max_length: int | None = None,
+) -> Models:
+    """Load a Stable Diffusion 1.x or 2.x from a folder in diffusers' format or the hub, frozen, in eval mode.
+
+    Only safetensors are read and no remote code is run. The scheduler, and with it the prediction type, is the model's.
+    U-Net and tokenizer may come from elsewhere (``--non_ema_revision``, ``--tokenizer_name``).
+
+    Raises:
+        UsageError: there is no such model, it is not in this format, its weights are pickled, or the tokenizer does not
+            fit its text encoder.
+    """
+    quiet_libraries()
+    from diffusers import StableDiffusionPipeline, UNet2DConditionModel
+    from transformers import CLIPTokenizer
+
+    check_folder(name_or_path)
+    variant = variant or _only_variant(Path(name_or_path))
+    if unet_revision is not None and Path(name_or_path).is_dir():
+        raise UsageError(f"--non_ema_revision {unet_revision}: {name_or_path} is a folder, which has no revisions")
+    other: dict[str, Any] = {}
+    try:
+        if unet_revision is not None:
+            other["unet"] = UNet2DConditionModel.from_pretrained(
+                name_or_path,
+                subfolder="unet",
+                revision=unet_revision,
+                variant=variant,
+                cache_dir=cache_dir,
+                torch_dtype=dtype,
+                use_safetensors=True,
+            )
+        if tokenizer_name is not None:
+            other["tokenizer"] = CLIPTokenizer.from_pretrained(tokenizer_name, cache_dir=cache_dir)
+        pipeline = StableDiffusionPipeline.from_pretrained(
+            name_or_path,
+            **other,
+            revision=revision,
+            variant=variant,
+            cache_dir=cache_dir,
+            dtype=dtype,
+            use_safetensors=True,
+            safety_checker=None,
+            feature_extractor=None,
+            image_encoder=None,
+            requires_safety_checker=False,
+        )
+    except (OSError, ValueError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise UsageError(
+            f"--pretrained_model_name_or_path {name_or_path}: cannot be loaded as a Stable Diffusion ({reason})"
+        ) from error
+    _check_tokenizer(pipeline.tokenizer, pipeline.text_encoder, tokenizer_name, tokenizer_max_length)
+    models = Models(
+        tokenizer=pipeline.tokenizer,
+        text_encoder=pipeline.text_encoder,
+        vae=pipeline.vae,
+        unet=pipeline.unet,
+        scheduler=pipeline.scheduler,
+        name=name_or_path,
+    )
+    for part in (models.text_encoder, models.vae, models.unet):
+        part.requires_grad_(False).eval().to(device)
+    return models
+
+
+def _only_variant(folder: Path) -> str | None:
+    """Return the variant, such as fp16, of a folder whose U-Net is stored in that one alone; else None."""
+    names = [path.name.split(".") for path in (folder / "unet").glob("*.safetensors")]
+    return names[0][1] if len(names) == 1 and len(names[0]) == 3 else None
+
+
+def _check_tokenizer(
+    tokenizer: CLIPTokenizer, text_encoder: CLIPTextModel, name: str | None, max_length: int | None
+) -> None:
+    """Refuse another tokenizer, or another length, that the text encoder cannot read; put the length into force."""
+    rows, places = text_encoder.get_input_embeddings().weight.shape[0], text_encoder.config.max_position_embeddings
+    if name is not None and len(tokenizer) > rows:
+        raise UsageError(f"--tokenizer_name {name}: has {len(tokenizer)} pieces, the text encoder knows {rows}")
+    if max_length is not None:
+        if max_length > places:
+            raise UsageError(f"--tokenizer_max_length {max_length}: the text encoder reads {places} at most")
+        tokenizer.model_max_length = max_length
+
+
+def check_folder(name_or_path: str) -> None:
+    """Refuse a path that is no folder in diffusers' format, before a library looks for it on the hub.
+
+    Raises:
+        UsageError: what is missing there.
+    """
+    path = Path(name_or_path)
+    if path.is_file():
+        raise UsageError(
+            f"--pretrained_model_name_or_path {name_or_path}: is a file; a folder in diffusers' format is needed "
+            "(convert with diffusers' scripts/convert_original_stable_diffusion_to_diffusers.py --to_safetensors)"
+        )
+    if path.is_dir():
+        if not (path / "model_index.json").is_file():
+            raise UsageError(f"--pretrained_model_name_or_path {name_or_path}: holds no model_index.json")
+        if not list((path / "unet").glob("*.safetensors")):
+            raise UsageError(
+                f"--pretrained_model_name_or_path {name_or_path}: unet/ holds no safetensors file; pickled weights are "
+                "not read (convert: load in diffusers, save_pretrained(..., safe_serialization=True))"
+            )
+        # As --skip_save_text_encoder saves it.
+        if re.search(r'"text_encoder":\s*\[\s*null', (path / "model_index.json").read_text(encoding="utf-8")):
+            raise UsageError(
+                f"--pretrained_model_name_or_path {name_or_path}: has no text_encoder of its own; give it that of its "
+                "base model, as its README.md does, and save_pretrained(...) the whole"
+            )
+    elif name_or_path.count("/") != 1 or name_or_path.startswith((".", "/", "~")):
+        raise UsageError(f"--pretrained_model_name_or_path {name_or_path}: there is no such folder")
+
+
+def quiet_libraries() -> None:
+    """Keep diffusers and transformers from writing bars and notices where nobody watches a terminal."""
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    import diffusers
+
+    diffusers.utils.logging.set_verbosity_error()
+    if not sys.stderr.isatty():
+        transformers.logging.disable_progress_bar()
+        diffusers.utils.logging.disable_progress_bar()
+
+
+def park(models: Models, *, keeps_text_encoder: bool, keeps_vae: bool, where: str | torch.device = "cpu") -> None:
+    """Move what training does not read off its device; sampling brings it back for as long as it takes."""
+    if not keeps_text_encoder:
+        models.text_encoder.to(where)
+    if not keeps_vae:
+        models.vae.to(where)
+
+
+@contextmanager
+def together(models: Models) -> Iterator[None]:
+    """Have all parts on the U-Net's device for a ``with`` block, and each back where it was."""
+    parts = [(part, part.device) for part in (models.text_encoder, models.vae)]
+    for part, _ in parts:
+        part.to(models.unet.device)
+    try:
+        yield
+    finally:
+        for part, device in parts:
+            part.to(device)
+
+
+def as_pipeline(models: Models) -> StableDiffusionPipeline:
+    """Return a stock pipeline that shares the modules; the safety checker is never run (it blacks out grey slices)."""
+    quiet_libraries()
+    from diffusers import StableDiffusionPipeline
+
+    pipeline = StableDiffusionPipeline(
+        vae=models.vae,
+        text_encoder=models.text_encoder,
+        tokenizer=models.tokenizer,
+        unet=models.unet,
+        scheduler=models.scheduler,
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+    pipeline.set_progress_bar_config(disable=None)
+    return pipeline
+
+
+@contextmanager
+def evaluating(models: Models) -> Iterator[None]:
+    """Switch dropout and the like off, and put each module back as it was: training may go on afterwards."""
+    modules = [models.text_encoder, models.vae, models.unet]
+    before = [module.training for module in modules]
+    for module in modules:
+        module.eval()
+    try:
+        yield
+    finally:
+        for module, was_training in zip(modules, before, strict=True):
+            module.train(was_training)
