@@ -43,6 +43,8 @@ _COPIES_OF_A_PLANE = 24
 _LARGEST_PICTURE = 89_478_485
 # Planes and lines per plane that the correlation length is measured on.
 _CORRELATION_PLANES, _CORRELATION_LINES = 16, 128
+_GUIDE = "docs/another_material.md"
+_OTHER_STATES = f"other states are named in a file: --vocabulary ({_GUIDE})"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -151,7 +153,10 @@ def survey(config: SliceConfig, words: Vocabulary) -> list[Volume]:
         InputError: a file is missing, damaged, or not a volume.
     """
     if missing := [axis for axis in AXES if axis not in words.axes]:
-        raise UsageError(f"--vocabulary {config.vocabulary}: no word for the axes {', '.join(missing)}; add them")
+        raise UsageError(
+            f"--vocabulary {config.vocabulary}: no word for the axes {', '.join(missing)}; the keys of axes are "
+            f"{', '.join(AXES)}, whatever words they are written with ({_GUIDE})"
+        )
     pairs = [_state_and_path(text, words) for text in config.volumes]
     sources = [open_volume(path, config.read) for _, path in pairs]
     seen = set[object]()
@@ -225,11 +230,13 @@ def _state_and_path(text: str, words: Vocabulary) -> tuple[str, Place]:
     state, equals, path = text.partition("=")
     if not equals or not state or not path:
         allowed = ", ".join(words.states)
-        raise UsageError(f"--volumes {text}: the state is missing; write state=path with a state of {allowed}")
+        raise UsageError(
+            f"--volumes {text}: the state is missing; write state=path with a state of {allowed}; {_OTHER_STATES}"
+        )
     try:
         caption(state, AXES[0], words, place=dict.fromkeys(PLACE, ""))
     except UsageError as error:
-        raise UsageError(f"--volumes {text}: {error}") from None
+        raise UsageError(f"--volumes {text}: {error}; {_OTHER_STATES}") from None
     return state, place_of(path)
 
 

@@ -403,7 +403,9 @@ def test_blank_and_like_slices_are_counted_and_kept(tmp_path: Path) -> None:
     ("flags", "volumes", "error", "message"),
     [
         ([], ["dry.tif"], UsageError, "the state is missing; write state=path"),
+        ([], ["dry.tif"], UsageError, r"a file: --vocabulary \(docs/another_material.md\)"),
         ([], ["injectd=dry.tif"], UsageError, "did you mean 'injected'"),
+        ([], ["foam=dry.tif"], UsageError, r"'foam' is not .*: --vocabulary \(docs/another_material.md\)"),
         ([], ["dry=nowhere.tif"], InputError, "no such file"),
         ([], ["dry=dry.tif", "dry=dry.tif"], UsageError, "the same file is given twice"),
         (["--fit", "tile", "--tile_size", "128"], ["dry=dry.tif"], UsageError, "--tile_size 128: .* allowed up to 96"),
