@@ -4,7 +4,8 @@
 
 Works on any folder of pictures with captions, whoever made it: in ``metadata.jsonl`` or ``metadata.csv``, or in a text
 file beside each picture; one folder per split, or one alone. Boxes are compared where the rows have them; without them
-a leak between the splits cannot be excluded, and the verdict says so.
+a leak between the splits cannot be excluded, and the verdict says so. Captions are compared with the columns ``state``
+and ``axis`` where the rows have those.
 """
 
 from __future__ import annotations

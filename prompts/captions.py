@@ -41,13 +41,18 @@ def caption(
 
 def parse_caption(text: str, vocabulary: Vocabulary = DEFAULT) -> tuple[str, str] | None:
     """Return the (state, axis) whose caption, at any place, is exactly ``text``, or None if it is not one of ours."""
-    found = [
+    found = readings(text, vocabulary)
+    return found[0] if len(found) == 1 else None
+
+
+def readings(text: str, vocabulary: Vocabulary = DEFAULT) -> list[tuple[str, str]]:
+    """Return every (state, axis) whose caption, at any place, is exactly ``text``; none if it is not one of ours."""
+    return [
         (state, axis)
         for state in vocabulary.states
         for axis in vocabulary.axes
-        if re.fullmatch(_pattern(state, axis, vocabulary), text)
+        if _fits(text, _around_the_place(state, axis, vocabulary))
     ]
-    return found[0] if len(found) == 1 else None
 
 
 def all_captions(vocabulary: Vocabulary = DEFAULT) -> list[str]:
@@ -56,11 +61,27 @@ def all_captions(vocabulary: Vocabulary = DEFAULT) -> list[str]:
     return [caption(state, axis, vocabulary, place=place) for state in vocabulary.states for axis in vocabulary.axes]
 
 
-def _pattern(state: str, axis: str, vocabulary: Vocabulary) -> str:
-    """Return the regular expression of a caption, with any text where the place stands."""
+def _around_the_place(state: str, axis: str, vocabulary: Vocabulary) -> list[str]:
+    """Return the pieces of a caption between which the place stands; one piece if it does not tell the place."""
     mark = "\0{}\0".format
     text = caption(state, axis, vocabulary, place={name: mark(name) for name in PLACE})
-    return ".*?".join(map(re.escape, re.split("\0[a-z_]+\0", text)))
+    return re.split("\0[a-z_]+\0", text)
+
+
+def _fits(text: str, pieces: list[str]) -> bool:
+    """Return whether ``text`` is the pieces in their order, with anything between them; in linear time."""
+    if len(pieces) == 1:
+        return text == pieces[0]
+    first, *middle, last = pieces
+    if not text.startswith(first):
+        return False
+    at = len(first)
+    for piece in middle:
+        at = text.find(piece, at)
+        if at < 0:
+            return False
+        at += len(piece)
+    return text.endswith(last, at)
 
 
 def _known(name: str, allowed: dict[str, Word], kind: str) -> Word:

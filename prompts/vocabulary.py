@@ -105,10 +105,20 @@ def read_vocabulary(path: Path) -> Vocabulary:
         content = BaseConstructor().construct_document(root) if root else None
     except yaml.YAMLError as error:
         raise UsageError(f"--vocabulary {path}: not readable as YAML ({' '.join(str(error).split())})") from None
+    try:
+        return vocabulary_of(content)
+    except ValueError as error:
+        raise UsageError(f"--vocabulary {path}: {error}") from None
+
+
+def vocabulary_of(content: object) -> Vocabulary:
+    """Make a vocabulary of plain values, as they stand in a file; what they do not give stays as built in.
+
+    Raises:
+        ValueError: they are not a mapping of the keys of ``read_vocabulary``, or two states share the same words.
+    """
     if not isinstance(content, dict) or not set(content) <= {"prefix", "states", "axes", "identifier", "template"}:
-        raise UsageError(
-            f"--vocabulary {path}: expected the keys prefix, states, axes, identifier and template, nothing else"
-        )
+        raise ValueError("expected the keys prefix, states, axes, identifier and template, nothing else")
     states, axes = content.get("states", DEFAULT.states), content.get("axes", DEFAULT.axes)
     prefix = content.get("prefix", DEFAULT.prefix)
     identifier, template = content.get("identifier", DEFAULT.identifier), content.get("template", DEFAULT.template)
@@ -116,21 +126,17 @@ def read_vocabulary(path: Path) -> Vocabulary:
     words = [word for some in lists for word in (some if isinstance(some, list | tuple) else [None])]
     words += [prefix, identifier, template, *(axes.values() if isinstance(axes, dict) else [None])]
     if not all(isinstance(word, str) for word in words):
-        raise UsageError(
-            f"--vocabulary {path}: prefix, identifier and template must be text, states map a name to a list of words, "
-            "axes a name to a word"
+        raise ValueError(
+            "prefix, identifier and template must be text, states map a name to a list of words, axes a name to a word"
         )
-    try:
-        vocabulary = Vocabulary(
-            prefix=prefix,
-            states={name: tuple(some) for name, some in states.items()},
-            axes=dict(axes),
-            identifier=identifier,
-            template=template,
-        )
-    except ValueError as error:
-        raise UsageError(f"--vocabulary {path}: {error}") from None
+    vocabulary = Vocabulary(
+        prefix=prefix,
+        states={name: tuple(some) for name, some in states.items()},
+        axes=dict(axes),
+        identifier=identifier,
+        template=template,
+    )
     for kind, written in (("states", list(vocabulary.states.values())), ("axes", list(vocabulary.axes.values()))):
         if len(set(written)) != len(written) or not all(written):
-            raise UsageError(f"--vocabulary {path}: two {kind} are written with the same words, or one has none")
+            raise ValueError(f"two {kind} are written with the same words, or one has none")
     return vocabulary

@@ -9,6 +9,7 @@ import warnings
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,8 @@ from data_prep.folders.manifest import (
     read_manifest,
     read_records,
 )
+from prompts.captions import readings
+from prompts.vocabulary import DEFAULT, Vocabulary, vocabulary_of
 
 PICTURES = {".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff"}
 _MODES = {"L", "RGB"}
@@ -78,6 +81,7 @@ def verify(dataset: Path, *, decode: bool = True) -> Verdict:
     records = {split: captioned(path) for split, path in folders.items()}
     problems = _trap_problems(dataset, folders)
     problems += _column_problems(records)
+    problems += _caption_problems(records, _words(dataset, folders, manifest))
     pictures: list[_Picture] = []
     for split, path in folders.items():
         names, row_problems = _check_rows(split, path, records[split])
@@ -242,6 +246,42 @@ def _column_problems(records: dict[str, list[dict[str, object]]]) -> list[str]:
                 break
     seconds = sorted(name for name in first or {} if name.endswith(("_file_name", "_file_names")))
     return problems + [f"column '{name}' would be loaded as a second picture; rename it" for name in seconds]
+
+
+def _words(dataset: Path, folders: dict[str, Path], manifest: dict[str, object]) -> Vocabulary:
+    """Return the words that the captions of a folder were written with: the manifest's, or the built-in ones.
+
+    Raises:
+        InputError: the manifest's words are none that captions could be written with.
+    """
+    if not manifest and dataset in folders.values():
+        # One split was named, and the manifest is that of all of them; what lies there may be no manifest of ours.
+        with suppress(InputError):
+            manifest = read_manifest(dataset.resolve().parent)
+    try:
+        return vocabulary_of(manifest["vocabulary"]) if "vocabulary" in manifest else DEFAULT
+    except ValueError as error:
+        raise InputError(f"{dataset}: vocabulary in {MANIFEST_NAME}: {error}; slice the volumes again") from None
+
+
+def _caption_problems(records: dict[str, list[dict[str, object]]], words: Vocabulary) -> list[str]:
+    """Find captions of another state or axis than their rows say, a line a split; those of other words say neither."""
+    problems = []
+    for split, rows in records.items():
+        told: dict[tuple[str, str, str], list[object]] = defaultdict(list)
+        for record in rows:
+            text, state, axis = (str(record.get(name)) for name in ("text", "state", "axis"))
+            if state in words.states and axis in words.axes:
+                told[text, state, axis].append(record.get("file_name"))
+        read = {row: readings(row[0], words) for row in told}
+        wrong = [row for row, found in read.items() if found and row[1:] not in found]
+        if wrong:
+            (text, state, axis), number = wrong[0], sum(len(told[row]) for row in wrong)
+            problems.append(
+                f"{split}: {number} of {len(rows)} captions contradict their rows: '{text}' of {told[wrong[0]][0]} is "
+                f"{' '.join(read[wrong[0]][0])}, its columns state and axis say {state} {axis}; slice the volumes again"
+            )
+    return problems
 
 
 def _type_name(value: object) -> str:

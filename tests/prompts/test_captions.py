@@ -53,6 +53,28 @@ def test_every_caption_is_read_back(words: Vocabulary) -> None:
     assert parse_caption("a horse", words) is None
 
 
+@pytest.mark.parametrize(
+    ("text", "label"),
+    [
+        ("a sf_warp at 7 percent of 9", ("dry", "warp")),
+        ("a sf_warp at percent of percent of 9", ("dry", "warp")),
+        ("a sf_warp at 7 percent of", None),
+        ("a sf_warp at percent of 9", None),
+        ("b a sf_warp at 7 percent of 9", None),
+    ],
+)
+def test_anything_may_stand_where_the_place_does_and_nothing_elsewhere(
+    text: str, label: tuple[str, str] | None
+) -> None:
+    words = Vocabulary(states={"dry": ("dry",)}, template="a {axis} at {position} percent of {index}")
+    assert parse_caption(text, words) == label
+
+
+def test_a_long_caption_of_many_places_is_read_at_once() -> None:
+    words = Vocabulary(template="{index} " * 40 + "{axis}")
+    assert parse_caption("a " * 3000 + "b", words) is None
+
+
 def test_captions_without_a_state_are_nobodys() -> None:
     words = Vocabulary(template="{axis}")
     assert parse_caption("sf_warp", words) is None

@@ -195,6 +195,93 @@ def test_a_row_of_nested_lists_does_not_end_the_check(dataset: Path) -> None:
     assert any("no caption" in problem for problem in verify(dataset).problems)
 
 
+# ---- Captions against columns ----
+
+WORDS = {
+    "prefix": "",
+    "states": {"wet": ["resin", "rich"], "dry": ["bare"]},
+    "axes": {"thickness": "top", "warp": "front", "weft": "side"},
+    "template": "a {axis} view at {position} percent, {state}",
+}
+
+
+def captioned(dataset: Path, texts: list[str], states: list[str], axes: list[str], words: object = None) -> None:
+    """Give both splits the same three captions and columns; with words, a manifest that holds them."""
+    for split in ("train", "validation"):
+        columns = zip(read(dataset / split), texts, states, axes, strict=True)
+        write(dataset / split, [row | {"text": t, "state": s, "axis": a} for row, t, s, a in columns])
+    if words is not None:
+        (dataset / "manifest.json").write_text(json.dumps({"volumes": [], "vocabulary": words}))
+
+
+DRY = ["sf_dry sf_thickness", "sf_dry sf_warp", "sf_dry sf_weft"]
+AXES = ["thickness", "warp", "weft"]
+
+
+def test_captions_with_two_directions_exchanged_are_counted(dataset: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    captioned(dataset, [DRY[0], DRY[2], DRY[1]], ["dry"] * 3, AXES)
+    with pytest.raises(InputError, match="2 problems"):
+        main(VerifyConfig(dataset=dataset))
+    assert capsys.readouterr().out.splitlines() == [
+        f"{split}: 2 of 3 captions contradict their rows: 'sf_dry sf_weft' of a-1.png is dry weft, its columns state "
+        "and axis say dry warp; slice the volumes again"
+        for split in ("train", "validation")
+    ]
+
+
+def test_a_caption_of_another_state_is_found(dataset: Path) -> None:
+    captioned(dataset, ["sf_dry sf_compacted sf_warp", *DRY[1:]], ["dry"] * 3, ["warp", *AXES[1:]])
+    assert [problem.partition(":")[0] for problem in verify(dataset).problems] == ["train", "validation"]
+    assert "1 of 3" in verify(dataset).problems[0]
+
+
+@pytest.mark.parametrize("swapped", [False, True])
+def test_captions_are_read_with_the_words_of_the_manifest(dataset: Path, swapped: bool) -> None:
+    front, side = ("side", "front") if swapped else ("front", "side")
+    texts = ["a top view at 10 percent, bare", f"a {front} view at 5 percent, resin rich"]
+    captioned(dataset, [*texts, f"a {side} view at 99 percent, bare"], ["dry", "wet", "dry"], AXES, WORDS)
+    for folder, number in ((dataset, 2), (dataset / "train", 1)):  # the manifest of a split lies above it
+        assert len(verify(folder).problems) == (number if swapped else 0)
+    assert not swapped or "2 of 3 captions contradict" in verify(dataset / "train").problems[0]
+
+
+@pytest.mark.parametrize(
+    ("texts", "states", "axes", "words"),
+    [
+        (["a horse", "sf_dry sf_warp, by hand", "sf_weft"], ["dry"] * 3, AXES, None),  # no caption of the vocabulary
+        (DRY, ["dry"] * 3, ["z", "y", "x"], None),  # columns of somebody else
+        (DRY, ["resin", "soaked", "hot"], AXES, None),
+        (["bare"] * 3, ["dry"] * 3, AXES, WORDS | {"template": "{state}"}),  # a caption that does not tell the axis
+        (["top", "front", "side"], ["wet", "dry", "wet"], AXES, WORDS | {"template": "{axis}"}),
+        (DRY, ["dry"] * 3, AXES, {}),
+    ],
+)
+def test_captions_that_say_nothing_against_their_rows_pass(
+    dataset: Path, texts: list[str], states: list[str], axes: list[str], words: object
+) -> None:
+    captioned(dataset, texts, states, axes, words)
+    assert verify(dataset).problems == ()
+
+
+def test_columns_of_state_or_axis_alone_are_not_compared(dataset: Path) -> None:
+    for split in ("train", "validation"):
+        write(dataset / split, [row | {"text": DRY[1], "axis": "weft"} for row in read(dataset / split)])
+    assert verify(dataset).problems == ()
+
+
+@pytest.mark.parametrize("content", ["{", "[]", '{"name": "a web page"}'])
+def test_a_file_of_somebody_above_one_split_does_not_matter(dataset: Path, content: str) -> None:
+    (dataset / "manifest.json").write_text(content)
+    assert verify(dataset / "train").problems == ()
+
+
+@pytest.mark.parametrize("words", [[], {"states": 1}, {"template": "{"}, {"axes": {"warp": "a", "weft": "a"}}])
+def test_words_of_a_manifest_that_captions_cannot_be_written_with_are_named(dataset: Path, words: object) -> None:
+    captioned(dataset, DRY, ["dry"] * 3, AXES, words)
+    with pytest.raises(InputError, match=r"vocabulary in manifest\.json: .*; slice the volumes again"):
+        verify(dataset)
+
+
 # ---- Folders of others ----
 
 
