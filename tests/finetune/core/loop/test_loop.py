@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import os
 import subprocess
@@ -40,7 +41,7 @@ Parts = tuple[Run, Models, Learns, CaptionedBatches, TrainConfig]
 def make_parts(toy_sd: Path, captioned_images: Path, tmp_path: Path) -> Iterator[Callable[..., Parts]]:
     runs = []
 
-    def make(targets: str = "attention", **options: object) -> Parts:
+    def make(targets: str = "attention", dropout: float = 0.0, **options: object) -> Parts:
         settings = {"output_dir": tmp_path / "run", "seed": 0, "report_to": "none", "train_batch_size": 4}
         config = TrainConfig(**(settings | {"max_train_steps": 3} | options))
         images = read_images(ImageFolderConfig(train_data_dir=(captioned_images,)))
@@ -49,7 +50,8 @@ def make_parts(toy_sd: Path, captioned_images: Path, tmp_path: Path) -> Iterator
         models = load_models(str(toy_sd))
         batches = captioned_batches(images, models, PictureConfig(), NoiseConfig(), run, num_timesteps=1000)
         rate = base_learning_rate(config, 1)
-        learns = lora_adapters(models, LoraConfig(rank=2, lora_targets=targets), learning_rate=rate, seed=0)
+        lora = LoraConfig(rank=2, lora_targets=targets, lora_dropout=dropout)
+        learns = lora_adapters(models, lora, learning_rate=rate, seed=0)
         return run, models, learns, batches, config
 
     yield make
@@ -127,6 +129,29 @@ def test_gradients_are_clipped_in_length_and_not_in_direction(
     assert step.metrics["grad_norm"] == pytest.approx(float(plain.norm()), rel=1e-5)
     assert float(seen[0].norm()) == pytest.approx(limit if is_clipped else float(plain.norm()), rel=1e-3)
     torch.testing.assert_close(seen[0] / seen[0].norm(), plain / plain.norm(), atol=1e-6, rtol=1e-4)
+
+
+def test_dropout_is_drawn_anew_in_each_pass_by_the_seed_and_the_number_of_the_update(
+    make_parts: Callable[..., Parts], tmp_path: Path
+) -> None:
+    """Whatever else draws random numbers in between, as an observer does."""
+
+    def dropped(seed: int, draws: int) -> list[Tensor]:
+        cut = {"max_train_steps": 2, "train_batch_size": 2, "gradient_accumulation_steps": 2}
+        parts = make_parts(dropout=0.5, seed=seed, output_dir=tmp_path / f"{seed}-{draws}", **cut)
+        seen: list[Tensor] = []
+        layer = next(module for module in parts[1].unet.modules() if isinstance(module, torch.nn.Dropout) and module.p)
+        layer.register_forward_hook(lambda module, args, result: seen.append(result == 0))
+        torch.randn(draws)
+        for _ in steps(parts):
+            torch.randn(draws)
+        return seen[-4:]  # before the first update the memory of a pass is measured
+
+    first, again, other = dropped(0, 1), dropped(0, 9), dropped(1, 1)
+    assert len(first) == 4  # two updates of two passes
+    assert all(0.4 < float(one.double().mean()) < 0.6 for one in first)
+    assert all(torch.equal(*pair) for pair in zip(first, again, strict=True))
+    assert not any(torch.equal(one, two) for one, two in itertools.combinations([*first, *other], 2))
 
 
 def test_the_rate_is_base_times_factor_of_the_step(make_parts: Callable[..., Parts]) -> None:
