@@ -21,9 +21,9 @@ from PIL import Image
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from configs.load import load
-from finetune.core.weights import PIPELINE_FILE
+from data_prep.folders.run_folder import PIPELINE_FILE
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 STEPS, KEPT = 4, 3
 """Updates of the whole run, and the last that a checkpoint holds: the first of the second epoch."""
 COMMON = (

@@ -16,10 +16,10 @@ from numpy.typing import NDArray
 from scipy.ndimage import distance_transform_cdt
 
 from configs.load import load
-from data_prep.config import SliceConfig
-from data_prep.manifest import SliceRow, read_manifest
-from data_prep.plan import make_plans
+from data_prep.folders.manifest import SliceRow, read_manifest
 from data_prep.slice import main
+from data_prep.slicing.config import SliceConfig
+from data_prep.slicing.plan import make_plans
 from prompts.vocabulary import DEFAULT
 
 Shape = tuple[int, int, int]

@@ -18,9 +18,9 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from configs.load import load
-from data_prep.config import SliceConfig
-from data_prep.manifest import SliceRow, read_rows
+from data_prep.folders.manifest import SliceRow, read_rows
 from data_prep.slice import main
+from data_prep.slicing.config import SliceConfig
 
 EDGE = 24
 NOISE = np.random.default_rng(3)
