@@ -322,6 +322,16 @@ def test_faded_pictures_without_slices_retain_what_colour_they_kept(detector: Le
     assert retention.verdict == "stop"
 
 
+def test_more_colour_than_the_base_had_retains_no_more_than_all_of_it(detector: LeakNet) -> None:
+    vivid = pictures_of(500)
+    grey = vivid.mean(axis=-1, keepdims=True)
+    base = (grey + 0.7 * (vivid - grey)).round().astype(np.uint8)
+    rows, _ = score_drift([Probe(id=str(i), prompt=f"p{i}", set="G3") for i in range(4)],
+                          evidence_of(vivid, base, base), detector, "")  # fmt: skip
+    retention = next(row for row in of(rows, "retention", "G3") if not row.prompt)
+    assert retention.value == pytest.approx(1.0, abs=0.01)
+
+
 @pytest.mark.parametrize("first", range(1000, 1400, 100))
 def test_other_seeds_of_the_base_raise_no_flag(detector: LeakNet, first: int) -> None:
     listed = [Probe(id=str(index), prompt=f"probe {index}", set="G3") for index in range(4)]

@@ -11,9 +11,11 @@ from torch import nn
 
 from configs.errors import UsageError
 from finetune.core.learns.optimizer import base_learning_rate, check_optimizer, learning_rate_factor, make_optimizer
-from finetune.core.learns.trainable import Group, Learns
+from finetune.core.learns.trainable import Group, Learns, all_weights, lora_adapters
 from finetune.core.loop import checkpoints
+from finetune.core.settings.methods import LoraConfig
 from finetune.core.settings.training import TrainConfig
+from finetune.diffusion.models import load_models
 
 SCHEDULES = ["linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup"]
 
@@ -53,6 +55,19 @@ def test_restarts_and_power_reach_the_schedule(
         scheduler.step()
     plain = learning_rate_factor(settings(lr_scheduler=name, lr_warmup_steps=4, learning_rate=3e-4), 40)
     assert plain(30) != factor(30)
+
+
+@pytest.mark.parametrize("adapts", [False, True])
+def test_the_text_encoder_learns_at_its_own_rate(toy_sd: Path, adapts: bool) -> None:
+    models = load_models(str(toy_sd))
+    if adapts:
+        learns = lora_adapters(models, LoraConfig(), learning_rate=1e-3, seed=0, text_encoder_rate=1e-5)
+    else:
+        learns = all_weights(models, learning_rate=1e-3, text_encoder_rate=1e-5)
+    rates = {name.partition(".")[0]: one.learning_rate for one in learns.groups for name in one.parameters}
+    assert rates == {"unet": 1e-3, "text_encoder": 1e-5}
+    held = {group["base_lr"] for group in make_optimizer(learns, settings()).param_groups}
+    assert held == {1e-3, 1e-5}
 
 
 def test_scaled_rate_counts_the_images_of_an_update() -> None:

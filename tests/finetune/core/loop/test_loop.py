@@ -181,6 +181,20 @@ def test_the_loss_of_an_update_is_the_mean_over_its_images(make_parts: Callable[
     assert float(first.loss) == pytest.approx(float(values.mean()), rel=1e-5)
 
 
+def test_an_image_counts_the_same_in_a_pass_of_few(make_parts: Callable[..., Parts]) -> None:
+    parts = make_parts(
+        train_batch_size=3, gradient_accumulation_steps=2, max_train_steps=2, learning_rate=1e-30, adam_weight_decay=0.0
+    )
+    _, models, _, batches, _ = parts
+    loss = partial(denoising_loss, schedule=from_scheduler(models.scheduler.config))
+    with torch.no_grad():
+        denoiser = Denoiser(models.text_encoder, models.unet)
+        values = [loss(denoiser, batch) for batch in batches.update(1).batches]
+    *_, last = steps(parts)
+    assert [len(some) for some in values] == [3, 1]
+    assert float(last.loss) == pytest.approx(float(torch.cat(values).mean()), rel=1e-5)
+
+
 def test_a_loss_that_is_not_finite_stops_the_run_naming_step_image_and_timestep(
     make_parts: Callable[..., Parts],
 ) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from safetensors.torch import load_file
 from scipy.stats import ttest_1samp, ttest_rel
@@ -21,6 +22,7 @@ from data_prep.folders.run_folder import EMBEDDINGS_FILE, LORA_FILE
 from finetune.core.data.images import CaptionedImage
 from finetune.core.settings.watching import WatchConfig
 from finetune.core.watch.losses import spread_over_captions, summary
+from finetune.diffusion.denoiser import Denoiser
 from finetune.lora import LoraRun, main
 
 Train = Callable[..., Path]
@@ -82,6 +84,35 @@ def test_a_look_says_the_loss_of_both_sets_by_band_and_caption(train: Train) -> 
     assert [row["change"] for row in last] == pytest.approx(
         [row["loss"] - before["loss"] for row, before in zip(last, rows, strict=False)], abs=1e-12
     )
+
+
+def test_the_last_look_is_at_what_is_saved_without_the_dropout_of_training(train: Train, tmp_path: Path) -> None:
+    """A run that starts from the saved adapter, without dropout and averages, sees the same before its first step."""
+    first = train("--heldout_steps", 6, "--use_ema", "--ema_decay", 0.9, "--lora_dropout", 0.5)
+    again = train("--init_adapter", first, "--heldout_steps", 6, "--output_dir", tmp_path / "again")
+    last = [row["loss"] for row in rows_of(first) if row["step"] == 6]
+    start = [row["loss"] for row in rows_of(again) if row["step"] == 0]
+    assert start == pytest.approx(last, rel=1e-5)
+    assert start != pytest.approx([row["loss"] for row in rows_of(first) if row["step"] == 0], rel=1e-3)
+
+
+def test_each_band_is_looked_at_all_over_its_timesteps(train: Train) -> None:
+    looked: list[int] = []
+
+    def look(module: torch.nn.Module, given: Any) -> None:
+        if isinstance(module, Denoiser) and not module.unet.training:
+            looked.extend(given[1].tolist())
+
+    hook = torch.nn.modules.module.register_module_forward_pre_hook(look)
+    train("--heldout_steps", 9, "--heldout_timesteps", 2, "--max_train_steps", 1)
+    hook.remove()
+    at_start = np.array(looked[: len(looked) // 2])  # the other half is of the last step
+    assert len(at_start) == 2 * (5 + 8)
+    for low, high in ((0, 500), (500, 1000)):
+        within = at_start[(low <= at_start) & (at_start < high)]
+        assert len(within) == 5 + 8
+        assert np.ptp(within) > 300
+    assert at_start.tolist() == looked[len(looked) // 2 :]
 
 
 def test_looking_leaves_training_bitwise_as_it_was(train: Train, tmp_path: Path) -> None:
