@@ -194,7 +194,7 @@ def leak_figures(config: DriftBenchmarkConfig) -> dict[str, Any]:
     from eval.forgetting.verdicts import GUARD
     from finetune.diffusion.config import SamplingConfig
     from finetune.diffusion.models import load_models
-    from prompts.probes import read_probes
+    from prompts.probe_lists import read_probes
 
     models = load_models(BASE)
     light = LightDrift(

@@ -94,7 +94,7 @@ def zero(config: MeasurementsConfig) -> dict[str, Any]:
     from finetune.diffusion.models import load_models
     from finetune.diffusion.sampling import sample, sample_latents
     from finetune.diffusion.tuned import load_tuned
-    from prompts.probes import read_probes
+    from prompts.probe_lists import read_probes
 
     probes = [probe for probe in read_probes("tiny") if probe.is_light]
     prompts = [probe.prompt for probe in probes]

@@ -137,7 +137,7 @@ def _show(plans: Sequence[Plan], config: SliceConfig) -> None:
 
 def _show_tokens(plans: Sequence[Plan], model: str) -> None:
     """Print the pieces of every caption, or of the longest ones if each slice has its own."""
-    from prompts.tokens import load_tokenizer, split, table
+    from prompts.tokenizer import load_tokenizer, split, table
 
     tokenizer = load_tokenizer(model)
     captions = dict.fromkeys(picture.row.text for plan in plans for picture in plan.all_pictures)

@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from eval.forgetting.verdicts import Policy
     from eval.tiles.encoders import Encoder
     from finetune.diffusion.models import Models
-    from prompts.probes import Probe
+    from prompts.probe_lists import Probe
 
 
 SHEET_SEEDS = 3
@@ -113,7 +113,7 @@ def main(config: DriftConfig) -> None:
     from data_prep.folders.manifest import METADATA_NAME
     from data_prep.folders.publish import check_free, publish
     from eval.forgetting.verdicts import read_policy
-    from prompts.probes import probes_hash, read_probes
+    from prompts.probe_lists import probes_hash, read_probes
 
     check_free(config.output_dir, overwrite=config.overwrite, mark="results.jsonl")
     policy = read_policy(config.policy)

@@ -60,7 +60,7 @@ class IdentifiersConfig:
 def main(config: IdentifiersConfig) -> None:
     """Print how far each word moves the predictions, the least first."""
     from finetune.diffusion.tuned import load_tuned
-    from prompts.identifiers import judge, propose
+    from prompts.rare_words import judge, propose
     from prompts.word_vectors import read_word_vectors
 
     models = load_tuned(config.pretrained_model_name_or_path).models

@@ -11,7 +11,7 @@ from pathlib import Path
 import yaml
 
 from configs.errors import UsageError
-from prompts.probes import checked_prompts, prompt_lines
+from prompts.probe_lists import checked_prompts, prompt_lines
 
 
 @dataclass(frozen=True)

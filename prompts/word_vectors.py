@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from configs.errors import InputError
-from prompts.tokens import WORD_END, known_word
+from prompts.tokenizer import WORD_END, known_word
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

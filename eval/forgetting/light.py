@@ -29,7 +29,7 @@ from finetune.diffusion.fixed_noise import predictions
 from finetune.diffusion.models import Models
 from finetune.diffusion.sampling import require_light, sample_latents
 from finetune.diffusion.vae import decode
-from prompts.probes import Probe
+from prompts.probe_lists import Probe
 
 MOST_PROBES = 8
 MOST_CAPTIONS = 4

@@ -27,7 +27,7 @@ from eval.stats.intervals import (
     resample,
     share_interval,
 )
-from prompts.probes import Probe
+from prompts.probe_lists import Probe
 
 if TYPE_CHECKING:
     from eval.forgetting.evidence import Evidence

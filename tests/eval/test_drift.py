@@ -27,7 +27,7 @@ from eval.stats.intervals import chance_of_hits, hierarchical, noise_band, ratio
 from finetune.diffusion.config import SamplingConfig
 from finetune.diffusion.fixed_noise import predictions
 from finetune.diffusion.models import load_models
-from prompts.probes import Probe
+from prompts.probe_lists import Probe
 
 PROBES = """
 version: 1

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from transformers import CLIPTokenizer
 
-from prompts.identifiers import IdentifiersConfig, judge, main, propose
+from prompts.identifiers import IdentifiersConfig, main
+from prompts.rare_words import judge, propose
 from prompts.word_vectors import WordVectors, nearest_words, read_word_vectors
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz0123456789_"
@@ -82,7 +83,7 @@ def test_the_command_judges_and_proposes_with_the_models_own_table(
 
 
 def test_the_table_of_a_folder_is_read_without_torch(toy_sd: Path) -> None:
-    from prompts.tokens import load_tokenizer
+    from prompts.tokenizer import load_tokenizer
 
     vectors = read_word_vectors(str(toy_sd), load_tokenizer(str(toy_sd)))
     assert vectors is not None

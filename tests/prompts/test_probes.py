@@ -10,7 +10,8 @@ from configs.errors import UsageError
 from data_prep.shapes import COLOURS, HELD_OUT, SHAPES, TEXTURES, Scene
 from eval.forgetting.verdicts import LIMITS
 from prompts.grids import make_grid, read_grid, read_prompts, write_grid
-from prompts.probes import Probe, ProbesConfig, main, probes_hash, read_probes, shared_token_probes, write_probes
+from prompts.probe_lists import Probe, probes_hash, read_probes, shared_token_probes, write_probes
+from prompts.probes import ProbesConfig, main
 
 
 def world() -> set[str]:

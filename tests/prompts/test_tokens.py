@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from configs.errors import UsageError
-from prompts.tokens import TokensConfig, load_tokenizer, main, split, table
+from prompts.tokenizer import load_tokenizer, split, table
+from prompts.tokens import TokensConfig, main
 
 
 def write_clip_tokenizer(folder: Path) -> Path:

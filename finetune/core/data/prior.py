@@ -35,7 +35,7 @@ from finetune.diffusion.draws import counter_seed
 from finetune.diffusion.noise import NoiseSchedule, from_scheduler
 from finetune.diffusion.objective import target
 from finetune.diffusion.text import encode_prompts, tokenize
-from prompts.probes import read_probes
+from prompts.probe_lists import read_probes
 
 if TYPE_CHECKING:
     from finetune.core.run import Opened

@@ -52,7 +52,7 @@ from finetune.core.run import Opened
 from finetune.core.settings.watching import DriftWatchConfig
 from finetune.core.watch.losses import Watch
 from finetune.diffusion.config import SamplingConfig
-from prompts.probes import read_probes
+from prompts.probe_lists import read_probes
 
 PULSE_SHARE, CHECK_SHARE = 0.01, 0.05
 """Of the time, what pulses and checks may take."""

@@ -15,7 +15,7 @@ from configs.errors import UsageError
 from eval.forgetting.scores import Views, score_drift
 from eval.tiles.config import check_encoders
 from eval.tiles.encoders import GEM_POWER, OF_IMAGENET, SSCD_PX, load_encoder, matcher, unit
-from prompts.probes import Probe
+from prompts.probe_lists import Probe
 
 SIDE = 32
 
