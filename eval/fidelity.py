@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from eval.likeness.classifier import Reading, SliceClassifier
     from eval.likeness.descriptor_rows import Compared
     from eval.likeness.rows import Head, Naming, Seen, Sets
+    from eval.likeness.tile_sets import TileSets
     from eval.stats.distances import Ints
     from eval.tiles.encoders import Encoder
     from eval.tiles.features import Grey, Tiles
@@ -81,17 +82,6 @@ class FidelityConfig:
         check_encoders(self.encoder, ("clip", "dinov2"))
         if self.torch_fidelity and not self.encoder:
             raise ValueError("--torch_fidelity: measures features of an encoder; give --encoder dinov2=DIR")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Drawn:
-    """The tiles of one check; ``owners`` gives the generated picture each generated tile belongs to."""
-
-    learning: Tiles
-    aside: Tiles
-    held_out: Tiles
-    generated: Tiles
-    owners: list[int]
 
 
 def main(config: FidelityConfig) -> None:
@@ -168,7 +158,7 @@ def _encoded(
     config: FidelityConfig,
     encoders: Sequence[Encoder],
     sets: Sets,
-    drawn: Drawn,
+    drawn: TileSets,
     round_trips: Sequence[Grey],
     naming: Naming,
 ) -> list[Result]:
@@ -197,12 +187,13 @@ def _encoded(
     return found
 
 
-def draw(config: FidelityConfig, real: RealSlices, generated: Generated, tile: int) -> Drawn:
+def draw(config: FidelityConfig, real: RealSlices, generated: Generated, tile: int) -> TileSets:
     """Draw and read the tiles of every set, by seed.
 
     Raises:
         InputError: a caption of the dataset has nothing to learn from.
     """
+    from eval.likeness.tile_sets import TileSets
     from eval.tiles.features import draw_cuts, read_tiles
     from eval.tiles.sets import generated_cuts, real_cuts
 
@@ -219,7 +210,7 @@ def draw(config: FidelityConfig, real: RealSlices, generated: Generated, tile: i
                     "grey level"
                 )
     numbers = {picture.path: number for number, picture in enumerate(generated.pictures)}
-    return Drawn(
+    return TileSets(
         learning=learning,
         aside=read_tiles(draw_cuts(cuts.aside, most, config.slices.seed), tile),
         held_out=read_tiles(draw_cuts(cuts.held_out, each, config.slices.seed), tile),
@@ -228,7 +219,7 @@ def draw(config: FidelityConfig, real: RealSlices, generated: Generated, tile: i
     )
 
 
-def _notes(config: FidelityConfig, real: RealSlices, generated: Generated, drawn: Drawn, tile: int) -> Iterable[str]:
+def _notes(config: FidelityConfig, real: RealSlices, generated: Generated, drawn: TileSets, tile: int) -> Iterable[str]:
     """Say what was left out or cannot be trusted, before the work starts."""
     shapes = sorted({(picture.height, picture.width) for picture in generated.pictures})
     yield (
@@ -291,7 +282,7 @@ def _round_trips(config: FidelityConfig, generated: Generated, sets: Sequence[Gr
 
 
 def _read_sets(
-    model: SliceClassifier, drawn: Drawn, naming: Naming, real: RealSlices, round_trips: list[Grey], no_vae: str
+    model: SliceClassifier, drawn: TileSets, naming: Naming, real: RealSlices, round_trips: list[Grey], no_vae: str
 ) -> Sets:
     """Read every set with the classifier."""
     import numpy as np
@@ -327,7 +318,7 @@ def _read_sets(
     )
 
 
-def _describe_sets(drawn: Drawn, naming: Naming, round_trips: Sequence[Grey]) -> Compared:
+def _describe_sets(drawn: TileSets, naming: Naming, round_trips: Sequence[Grey]) -> Compared:
     """Describe every set, state by state with the threshold between its phases from the learning tiles."""
     import numpy as np
 

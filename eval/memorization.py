@@ -272,8 +272,9 @@ def _search(
 
     from eval.copying.copies import best_matches, planted
     from eval.copying.copy_net import net_matches, train_copy_net
+    from eval.copying.encoder_matches import matcher
     from eval.copying.rows import Detector, Searched
-    from eval.tiles.encoders import matcher, unit
+    from eval.tiles.encoders import unit
     from eval.tiles.features import vae_round_trip
     from prompts.captions import caption
 

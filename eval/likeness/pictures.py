@@ -14,8 +14,8 @@ from eval.likeness.rows import HEADS, Head, Naming, Seen, Sets, table_of
 from prompts.captions import caption
 
 if TYPE_CHECKING:
-    from eval.fidelity import Drawn
     from eval.likeness.descriptor_rows import Compared
+    from eval.likeness.tile_sets import TileSets
     from eval.stats.distances import Floats
     from eval.tiles.features import Grey, Tiles
 
@@ -23,7 +23,9 @@ SAMPLES_PER_CAPTION = 4
 KINDS = ("real", "vae", "generated")
 
 
-def save_pictures(folder: Path, drawn: Drawn, sets: Sets, round_trip: Grey | None, naming: Naming) -> dict[str, object]:
+def save_pictures(
+    folder: Path, drawn: TileSets, sets: Sets, round_trip: Grey | None, naming: Naming
+) -> dict[str, object]:
     """Write confusion.png, samples.png and the strips in samples/; return what they show, for overview.json."""
     confusion: dict[str, dict[str, object]] = {}
     for head in HEADS:
@@ -130,7 +132,7 @@ def _draw_table(axes: object, seen: Seen, head: Head, naming: Naming) -> None:
         axes.text(column, row, f"{count:.0f}", ha="center", va="center", color=colour)  # type: ignore[attr-defined]
 
 
-def _save_samples(folder: Path, drawn: Drawn, round_trip: Grey | None, naming: Naming) -> list[dict[str, object]]:
+def _save_samples(folder: Path, drawn: TileSets, round_trip: Grey | None, naming: Naming) -> list[dict[str, object]]:
     """Write a strip per caption and kind, and all of them as one sheet; return caption and files of each."""
     from eval.page.contact_sheet import contact_sheet
 

@@ -21,7 +21,6 @@ from torch import Tensor, nn
 
 from configs.errors import UsageError
 from data_prep.folders.hashes import sha256_of
-from eval.copying.copies import Matches
 from eval.stats.distances import Floats
 from eval.tiles.features import resize
 
@@ -76,23 +75,6 @@ def load_encoder(kind: str, folder: Path) -> Encoder:
 def unit(vectors: Floats) -> Floats:
     """Return vectors (N, D) at length 1, so that products are cosines."""
     return np.asarray(vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12))
-
-
-def matcher(encoder: Encoder, centre: Floats) -> Callable[[Pixels, Pixels], Matches]:
-    """Return what finds the reference of each query by the cosine of vectors less ``centre``, (D,).
-
-    Slices resemble each other in what makes them slices; less the mean of the real ones, the rest is compared
-    (Pizzi et al. 2022, section 5.4).
-    """
-
-    def find(queries: Pixels, references: Pixels) -> Matches:
-        asked, known = (unit(unit(encoder.images(tiles)) - centre) for tiles in (queries, references))
-        cosines = asked @ known.T
-        index = cosines.argmax(axis=1).astype(np.int64)
-        none = np.zeros((len(queries), 2), dtype=np.int64)
-        return Matches(similarity=cosines.max(axis=1), index=index, symmetry=none[:, 0], offset=none)
-
-    return find
 
 
 def _weights_of(kind: str, folder: Path) -> Path:

@@ -12,9 +12,10 @@ from safetensors.torch import save_file
 from torch import nn
 
 from configs.errors import UsageError
+from eval.copying.encoder_matches import matcher
 from eval.forgetting.scores import Views, score_drift
 from eval.tiles.config import check_encoders
-from eval.tiles.encoders import GEM_POWER, OF_IMAGENET, SSCD_PX, load_encoder, matcher, unit
+from eval.tiles.encoders import GEM_POWER, OF_IMAGENET, SSCD_PX, load_encoder, unit
 from prompts.probe_lists import Probe
 
 SIDE = 32
