@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import get_args
 
 from configs.load import command
-from data_prep.phantom import PhantomConfig, State
+from data_prep.worlds.config import PhantomConfig
+from data_prep.worlds.looks import State
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,7 +75,7 @@ def _draw(picture: Path, folder: Path) -> None:
     import numpy as np
     import tifffile
 
-    from data_prep.phantom import write
+    from data_prep.worlds.writing import write
 
     matplotlib.use("agg")
     from matplotlib import pyplot

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     import torch
     from numpy.typing import NDArray
 
-    from data_prep.shapes import Scene
+    from data_prep.worlds.shapes import Scene
     from finetune.diffusion.models import Models
 
 SEEDS_PER_PROMPT = 16
@@ -52,7 +52,7 @@ def main(config: TinySdConfig) -> None:
 
     import torch
 
-    from data_prep.shapes import picture
+    from data_prep.worlds.shapes import picture
     from eval.page.contact_sheet import contact_sheet
     from finetune.diffusion.config import SamplingConfig
     from finetune.diffusion.hashes import model_hash
@@ -104,7 +104,7 @@ def _prompts() -> list[Scene]:
     """Return 24 scenes of the kind seen in training, every kind among them, and the 8 combinations kept out of it."""
     import numpy as np
 
-    from data_prep.shapes import HELD_OUT, SHAPES, TEXTURES, Scene, draw_scene
+    from data_prep.worlds.shapes import HELD_OUT, SHAPES, TEXTURES, Scene, draw_scene
 
     random = np.random.default_rng(32)
     scenes: dict[str, Scene] = {}
@@ -123,7 +123,7 @@ def _prompts() -> list[Scene]:
 
 def _labels(scene: Scene) -> tuple[int, int, int, int]:
     """Kind, first colour, second colour, count; a texture's colours are sorted: its words come in any order."""
-    from data_prep.shapes import COLOURS, SHAPES, TEXTURES
+    from data_prep.worlds.shapes import COLOURS, SHAPES, TEXTURES
 
     names = [*COLOURS, "grey"]
     colours = scene.colours or ("grey", "grey")
@@ -144,7 +144,7 @@ def _train_classifier(num_drawn: int) -> torch.nn.Module:
     from torch import nn
     from tqdm import trange
 
-    from data_prep.shapes import COLOURS, SHAPES, TEXTURES, Scene, render
+    from data_prep.worlds.shapes import COLOURS, SHAPES, TEXTURES, Scene, render
 
     random = np.random.default_rng(1)
     scenes = []
@@ -200,7 +200,7 @@ def _agreement(network: torch.nn.Module, scenes: list[Scene], pictures: NDArray[
     """Share of pictures read as asked: the kind, both colours in their roles, the count (shapes only)."""
     import torch
 
-    from data_prep.shapes import COLOURS, SHAPES, TEXTURES
+    from data_prep.worlds.shapes import COLOURS, SHAPES, TEXTURES
 
     heads = [len(SHAPES) + len(TEXTURES), len(COLOURS) + 1, len(COLOURS) + 1, 4]
     with torch.inference_mode():

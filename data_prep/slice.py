@@ -25,7 +25,7 @@ from data_prep.folders import manifest
 from data_prep.folders.checks import verify
 from data_prep.folders.manifest import TRAIN, SliceRow
 from data_prep.folders.publish import check_free, publish
-from data_prep.report import REPORT_NAME, render
+from data_prep.page.render import REPORT_NAME, render
 from data_prep.slicing.card import card, count_pictures, entry
 from data_prep.slicing.config import SliceConfig
 from data_prep.slicing.cut import Found, joined, tasks_of

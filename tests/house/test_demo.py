@@ -10,8 +10,8 @@ from types import ModuleType
 import pytest
 
 from configs.load import load
-from data_prep.phantom import PhantomConfig
 from data_prep.slice import SliceConfig
+from data_prep.worlds.config import PhantomConfig
 from eval.drift import DriftConfig
 from eval.fidelity import FidelityConfig
 from eval.generate import GenerateConfig

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from configs.errors import UsageError
-from data_prep.shapes import COLOURS, HELD_OUT, SHAPES, TEXTURES, Scene
+from data_prep.worlds.shapes import COLOURS, HELD_OUT, SHAPES, TEXTURES, Scene
 from eval.forgetting.verdicts import LIMITS
 from prompts.grids import make_grid, read_grid, read_prompts, write_grid
 from prompts.probe_lists import Probe, probes_hash, read_probes, shared_token_probes, write_probes

@@ -12,7 +12,10 @@ import pytest
 from scipy import ndimage
 from scipy.stats import wasserstein_distance
 
-from data_prep.phantom import MATRIX, PhantomConfig, draw, geometry_of
+from data_prep.worlds.config import PhantomConfig
+from data_prep.worlds.geometry import geometry_of
+from data_prep.worlds.volume import draw
+from data_prep.worlds.yarns import MATRIX
 from eval.likeness.descriptors import (
     DESCRIPTORS,
     axis_spectra,

@@ -10,7 +10,8 @@ import pytest
 from PIL import Image
 from scipy import ndimage
 
-from data_prep.shapes import COLOURS, HELD_OUT, SHAPES, TEXTURES, Scene, ShapesConfig, draw_scene, main, picture, render
+from data_prep.shapes import ShapesConfig, main
+from data_prep.worlds.shapes import COLOURS, HELD_OUT, SHAPES, TEXTURES, Scene, draw_scene, picture, render
 from prompts.captions import all_captions
 
 

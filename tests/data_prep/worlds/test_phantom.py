@@ -18,7 +18,12 @@ from skimage.feature import structure_tensor
 
 from configs.errors import TisserandError, UsageError
 from configs.load import load
-from data_prep.phantom import LOOKS, MATRIX, OUTSIDE, WARP, WEFT, PhantomConfig, draw, main, write
+from data_prep.phantom import main
+from data_prep.worlds.config import PhantomConfig
+from data_prep.worlds.looks import LOOKS
+from data_prep.worlds.volume import draw
+from data_prep.worlds.writing import write
+from data_prep.worlds.yarns import MATRIX, OUTSIDE, WARP, WEFT
 
 STATES = tuple(LOOKS)
 SMALL = (5, 40, 48)

@@ -13,9 +13,10 @@ from PIL import Image
 
 from configs.errors import InputError, UsageError
 from configs.load import load
-from data_prep.buckets import bucket_of, bucket_shapes, square_of
 from data_prep.folders.checks import verify
-from data_prep.report import ReportConfig, main, render
+from data_prep.page.buckets import bucket_of, bucket_shapes, square_of
+from data_prep.page.render import render
+from data_prep.report import ReportConfig, main
 from data_prep.slice import main as cut
 from data_prep.slicing.config import SliceConfig
 

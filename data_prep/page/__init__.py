@@ -1,0 +1,1 @@
+"""A dataset on one page, for somebody to look at."""

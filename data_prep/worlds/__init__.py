@@ -1,0 +1,1 @@
+"""Drawn worlds: woven volumes of known geometry, and captioned shapes and textures."""
