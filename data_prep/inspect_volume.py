@@ -26,10 +26,11 @@ from data_prep.folders.publish import check_writable
 from data_prep.readers.info import ReadConfig, VolumeInfo
 from data_prep.readers.open import open_volume
 from data_prep.readers.places import place_of
+from data_prep.slicing.card import notices
 from data_prep.slicing.config import AXES, SliceConfig
 from data_prep.slicing.intensity import WindowConfig, WindowEstimate
-from data_prep.slicing.notices import notices
-from data_prep.slicing.plan import Plan, make_plans, num_workers
+from data_prep.slicing.plan import Plan, make_plans
+from data_prep.slicing.planes import num_workers
 from prompts.vocabulary import DEFAULT
 
 # Planes that the pictures across them are made of, and slices shown of each direction.

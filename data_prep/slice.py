@@ -26,12 +26,12 @@ from data_prep.folders.checks import verify
 from data_prep.folders.manifest import TRAIN, SliceRow
 from data_prep.folders.publish import check_free, publish
 from data_prep.page.render import REPORT_NAME, render
-from data_prep.slicing.card import card, count_pictures, entry
+from data_prep.slicing.card import card, count_pictures, entry, notices
 from data_prep.slicing.config import SliceConfig
 from data_prep.slicing.cut import Found, joined, tasks_of
 from data_prep.slicing.drops import drops_of, total
-from data_prep.slicing.notices import notices
-from data_prep.slicing.plan import Plan, make_plans, num_workers
+from data_prep.slicing.plan import Plan, make_plans
+from data_prep.slicing.planes import num_workers
 from data_prep.slicing.spread import Cluster, cut_here, cut_in_processes
 from prompts.vocabulary import DEFAULT, Vocabulary, read_vocabulary
 

@@ -12,11 +12,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from configs.errors import InputError
-from data_prep.readers.info import ReadConfig, VolumeInfo
+from data_prep.readers.info import ReadConfig, Unopened, VolumeInfo
 from data_prep.readers.places import Place, one_line, open_place, size_of
 from data_prep.readers.slabs import select_one, slab_depth, slabs
 from data_prep.readers.tiff_metadata import UNITS_UM, plausible
 
+_MAGIC = b"\x89HDF\r\n\x1a\n"
 # How many objects of a file are looked at for arrays; a file of links can hold more than memory does.
 _MOST_OBJECTS = 100_000
 
@@ -37,6 +38,11 @@ class Hdf5Volume:
             yield from slabs(
                 lambda first, end: stored[(*self.index, slice(first, end))], indices, self.depth, self.info
             )
+
+
+def is_hdf5(at: Unopened) -> bool:
+    """Tell HDF5 by its first bytes."""
+    return at.head.startswith(_MAGIC)
 
 
 def open_hdf5(path: Place, config: ReadConfig) -> Hdf5Volume:

@@ -57,6 +57,25 @@ class ReadConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Unopened:
+    """What a reader is chosen by.
+
+    Attributes:
+        path: the file or folder.
+        config: what was said about it.
+        head: the first bytes of a file, 352 of them where there are as many; empty for a folder.
+        names: what a folder holds; empty for a file.
+        is_folder: whether it is a folder that can be listed.
+    """
+
+    path: Place
+    config: ReadConfig
+    head: bytes = b""
+    names: tuple[str, ...] = ()
+    is_folder: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
 class VolumeInfo:
     """What a volume is, known before any voxel is read.
 

@@ -1,19 +1,23 @@
 """Volumes on disk as planes along the first stored axis; one small file per kind of storage.
 
 A reader says what is in a file (``VolumeInfo``) and hands out its planes in order. Nothing else is asked of it, because
-planes are the one thing that every kind of storage yields cheaply.
+planes are the one thing that every kind of storage yields cheaply. A new reader is a file beside this one and a line in
+``READERS``; it imports an optional package when it opens a file, since not everybody has it.
 """
 
 from __future__ import annotations
 
-from configs.errors import InputError
-from data_prep.readers.info import ReadConfig, VolumeSource
-from data_prep.readers.places import Place, is_folder, names_in, open_place
+from collections.abc import Callable
 
-_TIFF = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
-_HDF5 = b"\x89HDF\r\n\x1a\n"
-_HEADERS = (".mhd", ".mha", ".vgi", ".xtekct")
-_ZARR = ("zarr.json", ".zarray", ".zgroup")
+from configs.errors import InputError
+from data_prep.readers.hdf5 import is_hdf5, open_hdf5
+from data_prep.readers.info import ReadConfig, Unopened, VolumeSource
+from data_prep.readers.places import Place, is_folder, names_in, open_place
+from data_prep.readers.raw import has_header, is_described, is_raw, open_header, open_raw
+from data_prep.readers.tiff import is_tiff, open_tiff
+from data_prep.readers.tiff_folder import open_tiff_folder
+from data_prep.readers.zarr import is_zarr, open_zarr
+
 _LONGEST_HEAD = 352  # bytes; the header of NIfTI ends there
 _TO_TIFF = "save the volume as a multi-page grey TIFF"
 _OTHERS = {
@@ -30,14 +34,22 @@ _OTHERS = {
     b"NRRD": ("an NRRD volume", "save it as .mhd and .raw, for which SimpleITK has a command"),
 }
 
+READERS: tuple[tuple[Callable[[Unopened], bool], Callable[[Unopened], VolumeSource]], ...] = (
+    (is_zarr, lambda at: open_zarr(at.path, at.config)),
+    (lambda at: at.is_folder, lambda at: open_tiff_folder(at.path, at.names, at.config)),
+    (is_described, lambda at: open_raw(at.path, at.config)),
+    (is_tiff, lambda at: open_tiff(at.path, at.config)),
+    (is_hdf5, lambda at: open_hdf5(at.path, at.config)),
+    (has_header, lambda at: open_header(at.path, at.config)),
+    (is_raw, lambda at: open_raw(at.path, at.config)),
+)
+"""Whether a reader takes what lies there, and how it opens it; the first that does is asked."""
 
 _PLAIN = ReadConfig()
 
 
 def open_volume(path: Place, config: ReadConfig = _PLAIN) -> VolumeSource:
     """Open a volume with the reader that its first bytes, or else its name, ask for.
-
-    Readers are imported when a file asks for them: some need packages that not everybody has.
 
     Args:
         path: a file, a folder of slices, or a Zarr folder.
@@ -46,48 +58,26 @@ def open_volume(path: Place, config: ReadConfig = _PLAIN) -> VolumeSource:
     Raises:
         InputError: there is no such file, it is of an unknown kind, it is damaged, or it leaves something open.
     """
-    try:
-        if path.suffix == ".zarr" or is_folder(path):
-            return _open_folder(path, config)
-        with open_place(path) as file:
-            head = file.read(_LONGEST_HEAD)
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error.strerror or error})") from None
-    if config.raw_shape is not None and path.suffix.lower() not in _HEADERS:
-        from data_prep.readers.raw import open_raw
-
-        return open_raw(path, config)
-    if head.startswith(_TIFF):
-        from data_prep.readers.tiff import open_tiff
-
-        return open_tiff(path, config)
-    if head.startswith(_HDF5):
-        from data_prep.readers.hdf5 import open_hdf5
-
-        return open_hdf5(path, config)
-    if path.suffix.lower() in _HEADERS and head:
-        from data_prep.readers.raw import open_header
-
-        return open_header(path, config)
-    if head and path.suffix.lower() in (".raw", ".vol", ".bin", ".dat"):
-        from data_prep.readers.raw import open_raw
-
-        return open_raw(path, config)
-    said, advice = _what_else(head)
+    at = _look(path, config)
+    for takes, opened in READERS:
+        if takes(at):
+            return opened(at)
+    said, advice = _what_else(at.head)
     raise InputError(f"{path}: {said}; {advice}")
 
 
-def _open_folder(path: Place, config: ReadConfig) -> VolumeSource:
-    """Open a Zarr store or a folder of slices."""
-    # A web server lists no folders.
-    names = [] if path.suffix == ".zarr" else names_in(path)
-    if path.suffix == ".zarr" or any(name in names for name in _ZARR):
-        from data_prep.readers.zarr import open_zarr
-
-        return open_zarr(path, config)
-    from data_prep.readers.tiff_folder import open_tiff_folder
-
-    return open_tiff_folder(path, names, config)
+def _look(path: Place, config: ReadConfig) -> Unopened:
+    """Return what a reader is chosen by."""
+    try:
+        # A web server lists no folders.
+        if path.suffix == ".zarr":
+            return Unopened(path=path, config=config)
+        if is_folder(path):
+            return Unopened(path=path, config=config, names=tuple(names_in(path)), is_folder=True)
+        with open_place(path) as file:
+            return Unopened(path=path, config=config, head=file.read(_LONGEST_HEAD))
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror or error})") from None
 
 
 def _what_else(head: bytes) -> tuple[str, str]:

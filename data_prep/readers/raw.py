@@ -16,11 +16,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from configs.errors import InputError
-from data_prep.readers.info import ReadConfig, VolumeInfo
+from data_prep.readers.info import ReadConfig, Unopened, VolumeInfo
 from data_prep.readers.places import Place, beside, open_place, read_into, size_of
 from data_prep.readers.tiff_metadata import UNITS_UM, plausible
 from data_prep.readers.tiff_pages import native
 
+_HEADERS, _RAW = (".mhd", ".mha", ".vgi", ".xtekct"), (".raw", ".vol", ".bin", ".dat")
 # Bytes of a header that are looked at; real ones have a few hundred.
 _LONGEST_HEADER = 1 << 20
 _META_TYPES = {
@@ -48,6 +49,21 @@ class RawVolume:
                 if read_into(file, self.offset + z * plane.nbytes, plane) < plane.nbytes:
                     raise InputError(f"{self.voxels}: plane {z} ends early; did the file change while it was read?")
                 yield z, native(plane)
+
+
+def is_described(at: Unopened) -> bool:
+    """Tell a file that the command line describes as raw voxels, whatever it holds."""
+    return at.config.raw_shape is not None and at.path.suffix.lower() not in _HEADERS
+
+
+def has_header(at: Unopened) -> bool:
+    """Tell a header of raw voxels by its name."""
+    return bool(at.head) and at.path.suffix.lower() in _HEADERS
+
+
+def is_raw(at: Unopened) -> bool:
+    """Tell raw voxels by the name of their file; what they are must be said."""
+    return bool(at.head) and at.path.suffix.lower() in _RAW
 
 
 def open_raw(path: Place, config: ReadConfig) -> RawVolume:

@@ -12,10 +12,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from configs.errors import InputError
-from data_prep.readers.info import ReadConfig, VolumeInfo
+from data_prep.readers.info import ReadConfig, Unopened, VolumeInfo
 from data_prep.readers.places import Place, all_files, one_line, size_of
 from data_prep.readers.slabs import select_one, slab_depth, slabs
 from data_prep.readers.tiff_metadata import UNITS_UM, plausible
+
+_MARKS = ("zarr.json", ".zarray", ".zgroup")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,6 +34,11 @@ class ZarrVolume:
         stored = _opened(self.info.path)
         stored = stored[self.dataset] if self.dataset else stored
         yield from slabs(lambda first, end: stored[(*self.index, slice(first, end))], indices, self.depth, self.info)
+
+
+def is_zarr(at: Unopened) -> bool:
+    """Tell a Zarr store by its name, or by the files in it."""
+    return at.path.suffix == ".zarr" or any(name in at.names for name in _MARKS)
 
 
 def open_zarr(path: Place, config: ReadConfig) -> ZarrVolume:

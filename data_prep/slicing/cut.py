@@ -24,7 +24,7 @@ from data_prep.readers.places import sha256_of
 from data_prep.slicing.audit import Samples
 from data_prep.slicing.filters import FilterConfig, is_blank, thumbnail
 from data_prep.slicing.intensity import WindowEstimate
-from data_prep.slicing.plan import Picture, Plan
+from data_prep.slicing.plan import Plan, PlannedPicture
 from data_prep.slicing.planes import scan
 
 # (stored axis, index) of a slice, counted within the part that is cut.
@@ -54,7 +54,7 @@ class Task:
     source: VolumeSource
     window: Window
     roles: tuple[int, int, int]
-    pictures: dict[Slice, list[Picture]]
+    pictures: dict[Slice, list[PlannedPicture]]
     wanted: dict[int, list[int]]
     budget: int
     filters: FilterConfig
@@ -194,7 +194,7 @@ def _slices(task: Task, samples: Samples) -> Iterator[tuple[Slice, NDArray[np.ui
 
 
 def _encode(
-    whole: NDArray[np.uint8], task: Task, pictures: Sequence[Picture], stop: threading.Event
+    whole: NDArray[np.uint8], task: Task, pictures: Sequence[PlannedPicture], stop: threading.Event
 ) -> tuple[set[str], NDArray[np.float32]]:
     """Write the pictures of one slice; return which of them are blank, and the slice in small."""
     blank = set()

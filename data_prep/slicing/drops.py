@@ -10,7 +10,8 @@ from configs.errors import NothingLeftError
 from data_prep.slicing.config import AXES, SliceConfig
 from data_prep.slicing.cut import Found
 from data_prep.slicing.filters import near_duplicates
-from data_prep.slicing.plan import Picture, Plan, slice_step
+from data_prep.slicing.plan import Plan, PlannedPicture
+from data_prep.slicing.survey import slice_step
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,8 +26,8 @@ class Drops:
         reasons: reason -> axis -> slices, or pictures for ``blank``, that are not in the dataset.
     """
 
-    kept: list[Picture]
-    left_out: list[Picture]
+    kept: list[PlannedPicture]
+    left_out: list[PlannedPicture]
     blank: dict[str, int]
     near_duplicates: dict[str, list[int]]
     reasons: dict[str, dict[str, int]]
@@ -40,8 +41,8 @@ def drops_of(plan: Plan, found: Found, config: SliceConfig) -> Drops:
     """
     volume, filters = plan.volume, config.filters
     same: dict[str, list[int]] = {}
-    kept: list[Picture] = []
-    left_out: list[Picture] = []
+    kept: list[PlannedPicture] = []
+    left_out: list[PlannedPicture] = []
     blank = Counter[str]()
     for name, axis in zip(AXES, config.roles, strict=True):
         same[name] = _near_duplicates(plan, found, axis, filters.dedupe_above)

@@ -7,6 +7,8 @@ slices that are open; slices that do not fit into the budget wait for the next p
 
 from __future__ import annotations
 
+import math
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,11 +16,17 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from data_prep.readers.info import VolumeSource
+from configs.errors import UsageError
+from data_prep.readers.info import VolumeInfo, VolumeSource
+from data_prep.slicing.config import SliceConfig
 
 # Slices that share one array. It is freed when the last of them has been used, so a small number keeps memory flat,
 # and a large one makes the copies long.
 BLOCK = 64
+_GB = 10**9
+# What the interpreter and the libraries hold before the first plane is read, and what copies of a plane need.
+_BASE_BYTES = 200_000_000
+_COPIES_OF_A_PLANE = 24
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,3 +112,41 @@ def _index(indices: Sequence[int]) -> slice | list[int]:
     """Return evenly spaced numbers as a slice, which numpy copies without a detour."""
     steps = set(np.diff(indices).tolist())
     return slice(indices[0], indices[-1] + 1, steps.pop() if steps else 1) if len(steps) <= 1 else list(indices)
+
+
+def buffer_budget(info: VolumeInfo, config: SliceConfig) -> int:
+    """Return how many bytes of slices may be gathered at a time, so that the process stays under ``memory_gb``.
+
+    Raises:
+        UsageError: not even one slice fits.
+    """
+    if config.memory_gb is None:
+        total = min(4 * _GB, os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 4)
+    else:
+        total = int(config.memory_gb * _GB)
+    total //= config.processes
+    z, y, x = info.shape
+    one_slice = max(z * y, z * x)
+    # Slices that wait for an encoder are padded and filtered there; they keep the block they were gathered in.
+    reserved = (
+        _BASE_BYTES + info.slab_bytes + _COPIES_OF_A_PLANE * y * x + 3 * queue_length(config) * max(one_slice, y * x)
+    )
+    left = total - reserved
+    if left < 2 * one_slice:
+        needed = math.ceil(10 * (reserved + 2 * one_slice) / _GB) / 10
+        raise UsageError(
+            f"--memory_gb {total / _GB:g}: {info.path} with planes of {y}x{x} needs at least {needed:g}; "
+            "fewer --workers need less"
+        )
+    return max(left - BLOCK * one_slice, left // 2)
+
+
+def queue_length(config: SliceConfig) -> int:
+    """Return how many slices may wait for an encoder."""
+    return 2 * num_workers(config)
+
+
+def num_workers(config: SliceConfig) -> int:
+    """Return how many threads of a process encode."""
+    # More than these wait for the planes to be read.
+    return max(1, (config.workers or min(16, len(os.sched_getaffinity(0)))) // config.processes)

@@ -111,8 +111,7 @@ def cut_region(
     fraction: float,
     correlation: int,
     guard_voxels: int | None,
-    name: str,
-    kind: str = "region",
+    who: str,
 ) -> Region:
     """Divide an axis into training, guard and held-out part.
 
@@ -123,8 +122,7 @@ def cut_region(
         fraction: least share of the axis that is held out.
         correlation: correlation length along the axis, in voxels.
         guard_voxels: width of the guard; None for the larger of 3 correlation lengths and 2 %.
-        name: the volume, for messages.
-        kind: of split, for messages.
+        who: how a message begins: the setting as typed and the volume.
 
     Raises:
         UsageError: less would be left to train on than is held out, or less than a tile.
@@ -137,7 +135,7 @@ def cut_region(
         why = "given by hand" if guard_voxels is not None else f"3 correlation lengths of {correlation}"
         tiles = f" (one tile of {tile} and a margin, at least {fraction:.0%})" if tile else f" ({fraction:.0%})"
         raise UsageError(
-            f"--split {kind}: volume '{name}' is {length} voxels long; {held_out} held out{tiles} and a guard of "
+            f"{who} is {length} voxels long; {held_out} held out{tiles} and a guard of "
             f"{guard} ({why}) leave {max(left, 0)} to train on, fewer than are held out; "
             "choose a smaller --tile_size or --guard_voxels, or --split none"
         )

@@ -25,7 +25,9 @@ from data_prep.readers.info import VolumeInfo
 from data_prep.slice import main
 from data_prep.slicing.config import SliceConfig
 from data_prep.slicing.intensity import WindowEstimate
-from data_prep.slicing.plan import Volume, buffer_budget, make_plans, plan_pictures
+from data_prep.slicing.plan import make_plans, plan_pictures
+from data_prep.slicing.planes import buffer_budget
+from data_prep.slicing.survey import Volume
 from prompts.vocabulary import DEFAULT
 
 SHAPE = (12, 60, 100)

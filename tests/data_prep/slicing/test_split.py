@@ -9,7 +9,15 @@ from data_prep.slicing.split import Region, correlation_length, cut_region
 
 
 def cut(length: int, *, tile: int = 0, correlation: int = 1, guard: int | None = None) -> Region:
-    return cut_region(2, length, tile=tile, fraction=0.15, correlation=correlation, guard_voxels=guard, name="dry")
+    return cut_region(
+        2,
+        length,
+        tile=tile,
+        fraction=0.15,
+        correlation=correlation,
+        guard_voxels=guard,
+        who="--split region: volume 'dry'",
+    )
 
 
 def smooth(sigma: float, *, white: float = 0.0) -> list[np.ndarray]:
