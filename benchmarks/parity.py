@@ -79,10 +79,10 @@ def fixed_losses(config: TrainingConfig, place: Place, method: str, folder: Path
     """Return the mean loss of what an arm saved, or of the base model, on the fixed list."""
     import torch
 
-    from finetune.core.data.images import read_folder
     from finetune.core.data.latents import encode
-    from finetune.core.data.pictures import CENTRE, Picture, load_pixels
     from finetune.core.loss import denoising_loss
+    from finetune.core.pictures.images import read_folder
+    from finetune.core.pictures.pictures import CENTRE, Picture, load_pixels
     from finetune.core.run import Batch
     from finetune.diffusion.adapters import load_adapter
     from finetune.diffusion.denoiser import Denoiser

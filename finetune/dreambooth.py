@@ -72,8 +72,8 @@ class DreamBoothRun:
 def main(config: DreamBoothRun) -> None:
     """Train the model and save it."""
     from data_prep.folders.run_folder import PIPELINE_FILE, PIPELINE_PARTS
-    from finetune.core.data.images import data_provenance, read_instance_images
     from finetune.core.open import open_run
+    from finetune.core.pictures.images import data_provenance, read_instance_images
 
     images = read_instance_images(config.instance)
     data = data_provenance(images, [config.instance.instance_data_dir])
@@ -102,7 +102,7 @@ def train_dreambooth(opened: Opened, config: DreamBoothRun) -> None:
     heldout = HeldOut(beside=config.instance.instance_data_dir, captions=config.instance.captions)
 
     def save() -> Path:
-        provenance = opened.provenance("dreambooth", batches, config.prior)
+        provenance = opened.provenance("dreambooth", batches.shapes, config.prior)
         return save_pipeline(run.folder, models, provenance, with_text_encoder=not config.skip_save_text_encoder)
 
     train_and_save(

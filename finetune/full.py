@@ -49,9 +49,9 @@ class FullRun:
 def main(config: FullRun) -> None:
     """Train the model and save it."""
     from data_prep.folders.run_folder import PIPELINE_FILE, PIPELINE_PARTS
-    from finetune.core.data.hub_dataset import local_images
-    from finetune.core.data.images import data_provenance, read_images
     from finetune.core.open import open_run
+    from finetune.core.pictures.hub_dataset import local_images
+    from finetune.core.pictures.images import data_provenance, read_images
 
     config = replace(config, images=local_images(config.images, config.model.cache_dir))
     images = read_images(config.images)
@@ -87,7 +87,7 @@ def train_full(opened: Opened, config: FullRun) -> None:
     )
 
     def save() -> Path:
-        provenance = opened.provenance("full", batches, config.prior)
+        provenance = opened.provenance("full", batches.shapes, config.prior)
         return save_pipeline(run.folder, models, provenance)
 
     train_and_save(

@@ -51,9 +51,9 @@ class LoraRun:
 def main(config: LoraRun) -> None:
     """Train the adapters and save them."""
     from data_prep.folders.run_folder import LORA_FILE
-    from finetune.core.data.hub_dataset import local_images
-    from finetune.core.data.images import data_provenance, read_images
     from finetune.core.open import open_run
+    from finetune.core.pictures.hub_dataset import local_images
+    from finetune.core.pictures.images import data_provenance, read_images
 
     config = replace(config, images=local_images(config.images, config.model.cache_dir))
     images = read_images(config.images)
@@ -88,7 +88,7 @@ def train_lora(opened: Opened, config: LoraRun) -> None:
     )
 
     def save() -> Path:
-        provenance = opened.provenance("lora", batches, config.prior)
+        provenance = opened.provenance("lora", batches.shapes, config.prior)
         return save_lora(run.folder, models, provenance)
 
     train_and_save(

@@ -75,8 +75,8 @@ class LoraDreamBoothRun:
 def main(config: LoraDreamBoothRun) -> None:
     """Train the adapters and save them."""
     from data_prep.folders.run_folder import LORA_FILE
-    from finetune.core.data.images import data_provenance, read_instance_images
     from finetune.core.open import open_run
+    from finetune.core.pictures.images import data_provenance, read_instance_images
 
     images = read_instance_images(config.instance)
     data = data_provenance(images, [config.instance.instance_data_dir])
@@ -104,7 +104,7 @@ def train_lora_dreambooth(opened: Opened, config: LoraDreamBoothRun) -> None:
     heldout = HeldOut(beside=config.instance.instance_data_dir, captions=config.instance.captions)
 
     def save() -> Path:
-        provenance = opened.provenance("lora_dreambooth", batches, config.prior)
+        provenance = opened.provenance("lora_dreambooth", batches.shapes, config.prior)
         return save_lora(run.folder, models, provenance)
 
     train_and_save(

@@ -149,9 +149,9 @@ def main(config: PivotalTuningRun) -> None:
     """Train the rows, then the adapters, and save both."""
     from configs.errors import UsageError
     from data_prep.folders.run_folder import EMBEDDINGS_FILE, LORA_FILE
-    from finetune.core.data.images import data_provenance
     from finetune.core.learns.words import word_images
     from finetune.core.open import open_run
+    from finetune.core.pictures.images import data_provenance
 
     folders = (config.instance_data_dir,)
     images = word_images(folders, "--instance_data_dir", config.tokens, config.sentences)
@@ -200,7 +200,7 @@ def train_word_and_adapters(opened: Opened, config: PivotalTuningRun, alone: int
         (*rows, *(Group(one.parameters, one.learning_rate, partial(_after, alone)) for one in adapters.groups))
     )
     averages = Averages(learns, config.ema)
-    provenance = partial(opened.provenance, "pivotal_tuning", batches, config.prior)
+    provenance = partial(opened.provenance, "pivotal_tuning", batches.shapes, config.prior)
 
     def save() -> Path:
         save_embeddings(run.folder, word, provenance())

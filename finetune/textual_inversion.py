@@ -60,9 +60,9 @@ class TextualInversionRun:
 def main(config: TextualInversionRun) -> None:
     """Train the rows and save them."""
     from data_prep.folders.run_folder import EMBEDDINGS_FILE, PIPELINE_FILE, PIPELINE_PARTS
-    from finetune.core.data.images import data_provenance
     from finetune.core.learns.words import word_images
     from finetune.core.open import open_run
+    from finetune.core.pictures.images import data_provenance
 
     images = word_images(config.train_data_dir, "--train_data_dir", config.tokens, config.sentences)
     data = data_provenance(images, config.train_data_dir)
@@ -88,7 +88,7 @@ def train_word(opened: Opened, config: TextualInversionRun) -> None:
     models.unet.to(run.weight_dtype)
     learns = word.learns(base_learning_rate(config.train, run.accelerator.num_processes))
     averages = Averages(learns, config.ema)
-    provenance = partial(opened.provenance, "textual_inversion", batches)
+    provenance = partial(opened.provenance, "textual_inversion", batches.shapes)
 
     def save() -> Path:
         if config.tokens.save_as_full_pipeline:

@@ -7,9 +7,9 @@ from contextlib import contextmanager, suppress
 from typing import Protocol
 
 from configs.errors import UsageError
-from finetune.core.data.flips import ways_to_show
-from finetune.core.data.images import CaptionedImage, data_hash
 from finetune.core.data.prior import check_prior
+from finetune.core.pictures.flips import ways_to_show
+from finetune.core.pictures.images import CaptionedImage, data_hash
 from finetune.core.run import Opened
 from finetune.core.save.card import write_card
 from finetune.core.save.hub import check_hub, find_repository, push

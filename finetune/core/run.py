@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TextIO
@@ -16,8 +16,9 @@ from torch import Tensor
 from configs.errors import TisserandError
 from data_prep.folders.publish import write_whole
 from data_prep.folders.run_folder import ENVIRONMENT, LOCK, METRICS
-from finetune.core.data.images import CaptionedImage
 from finetune.core.out_of_memory import advice, is_out_of_memory
+from finetune.core.pictures.images import CaptionedImage
+from finetune.core.pictures.pictures import Shape
 from finetune.core.settings.methods import PriorConfig
 from finetune.core.settings.training import TrainConfig
 from finetune.diffusion.models import Models
@@ -26,8 +27,6 @@ from finetune.diffusion.noise import NoiseSchedule
 if TYPE_CHECKING:
     from diffusers import SchedulerMixin
     from PIL.Image import Image
-
-    from finetune.core.data.batches import CaptionedBatches
 
 
 @dataclass(kw_only=True)
@@ -159,9 +158,16 @@ class Opened:
         """Where the forward pass runs."""
         return self.run.accelerator.device
 
-    def provenance(self, method: str, batches: CaptionedBatches, prior: PriorConfig | None = None) -> dict[str, Any]:
-        """Return what the weights say about where they come from, and in which shapes pictures are made of them."""
-        shapes = batches.shapes
+    def provenance(
+        self, method: str, shapes: Mapping[Shape, Mapping[str, int]], prior: PriorConfig | None = None
+    ) -> dict[str, Any]:
+        """Return what the weights say about where they come from, and in which shapes pictures are made of them.
+
+        Args:
+            method: name of the recipe.
+            shapes: of the pictures, that of most first, with how often each caption comes with it.
+            prior: what was preserved, if anything.
+        """
         height, width = next(iter(shapes))
         return {
             "method": method,

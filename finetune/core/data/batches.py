@@ -20,10 +20,10 @@ import torch
 from torch import Tensor
 
 from configs.errors import UsageError
-from finetune.core.data.flips import ways_to_show
-from finetune.core.data.images import CaptionedImage, raise_together
 from finetune.core.data.latents import Latents, Moments, cached_latents, encode, sample
-from finetune.core.data.pictures import (
+from finetune.core.pictures.flips import ways_to_show
+from finetune.core.pictures.images import CaptionedImage, raise_together
+from finetune.core.pictures.pictures import (
     CENTRE,
     Picture,
     Shape,

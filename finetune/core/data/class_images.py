@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from configs.errors import InputError, UsageError
 from data_prep.folders.manifest import METADATA_NAME
-from finetune.core.data.images import SUFFIXES, CaptionedImage, read_folder
+from finetune.core.pictures.images import SUFFIXES, CaptionedImage, read_folder
 from finetune.core.settings.methods import PriorConfig
 from finetune.diffusion.config import SamplingConfig
 

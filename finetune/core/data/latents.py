@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from configs.errors import InputError
-from finetune.core.data.pictures import Picture, Place, Shape, check_decodable, load_pixels
+from finetune.core.pictures.pictures import Picture, Place, Shape, check_decodable, load_pixels
 from finetune.core.settings.images import PictureConfig
 
 if TYPE_CHECKING:

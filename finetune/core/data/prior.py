@@ -24,8 +24,8 @@ from torch import Tensor
 from configs.errors import UsageError
 from finetune.core.data.batches import CaptionedBatches, captioned_batches, distinct_rows
 from finetune.core.data.class_images import check_class_images, class_images
-from finetune.core.data.images import data_hash
 from finetune.core.loss import noisy_latents
+from finetune.core.pictures.images import data_hash
 from finetune.core.run import Batch, Batches, Update
 from finetune.core.settings.methods import PriorConfig
 from finetune.core.settings.training import TrainConfig

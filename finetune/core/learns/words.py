@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from configs.errors import UsageError
-from finetune.core.data.images import CaptionedImage, raise_together, read_folder
 from finetune.core.learns.trainable import Group, Learns, always
+from finetune.core.pictures.images import CaptionedImage, raise_together, read_folder
 from finetune.core.run import HeldOut
 from finetune.core.settings.methods import SentenceConfig, TokenConfig
 from finetune.diffusion.models import Models

@@ -25,11 +25,11 @@ from configs.errors import InputError, UsageError
 from data_prep.folders.run_folder import HELDOUT
 from eval.stats.intervals import mean_interval
 from finetune.core.data.batches import check_captions, make_pictures
-from finetune.core.data.images import CaptionedImage, read_folder
 from finetune.core.data.latents import CachedLatents, Latents, cached_latents
-from finetune.core.data.pictures import CENTRE, Picture
 from finetune.core.learns.averages import Averages
 from finetune.core.loss import denoising_loss
+from finetune.core.pictures.images import CaptionedImage, read_folder
+from finetune.core.pictures.pictures import CENTRE, Picture
 from finetune.core.run import Batch, HeldOut, Opened
 from finetune.core.settings.images import PictureConfig
 from finetune.core.settings.watching import WatchConfig

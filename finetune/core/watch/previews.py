@@ -7,8 +7,8 @@ from dataclasses import KW_ONLY, dataclass
 from typing import TYPE_CHECKING
 
 from configs.errors import InputError, TisserandError
-from finetune.core.data.pictures import Shape
 from finetune.core.learns.averages import Averages
+from finetune.core.pictures.pictures import Shape
 from finetune.core.run import Run
 from finetune.core.settings.watching import PreviewConfig
 from finetune.diffusion.config import Sampler, SamplingConfig

@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 
 from finetune.core.data.batches import CaptionedBatches, captioned_batches
-from finetune.core.data.images import read_images
 from finetune.core.data.latents import CachedLatents, Moments
 from finetune.core.learns.trainable import lora_adapters
 from finetune.core.loop.loop import train
 from finetune.core.loss import denoising_loss
+from finetune.core.pictures.images import read_images
 from finetune.core.settings.images import ImageFolderConfig, PictureConfig
 from finetune.core.settings.methods import LoraConfig
 from finetune.core.settings.training import TrainConfig

@@ -15,8 +15,8 @@ from PIL import Image
 
 from configs.errors import InputError
 from finetune.core.data.batches import CaptionedBatches, captioned_batches
-from finetune.core.data.images import data_hash, data_provenance, read_images
-from finetune.core.data.pictures import prepare_pixels
+from finetune.core.pictures.images import data_hash, data_provenance, read_images
+from finetune.core.pictures.pictures import prepare_pixels
 from finetune.core.settings.images import ImageFolderConfig, PictureConfig
 from finetune.core.settings.training import TrainConfig
 from finetune.core.start import start_run
@@ -183,7 +183,7 @@ def test_threads_read_what_one_reads_with_random_crops(
 ) -> None:
     from threading import current_thread
 
-    from finetune.core.data import pictures
+    from finetune.core.pictures import pictures
 
     folder = shutil.copytree(captioned_images, tmp_path / "wide")
     for path in folder.glob("*.png"):

@@ -17,9 +17,9 @@ from PIL import Image
 
 from configs.errors import InputError
 from finetune.core.data.batches import CaptionedBatches, captioned_batches
-from finetune.core.data.images import CaptionedImage, read_folder, read_images
 from finetune.core.data.latents import encode
-from finetune.core.data.pictures import (
+from finetune.core.pictures.images import CaptionedImage, read_folder, read_images
+from finetune.core.pictures.pictures import (
     CENTRE,
     Picture,
     bucket_of,

@@ -22,11 +22,11 @@ from configs.errors import InputError, UsageError
 from configs.load import load
 from finetune.core.data.batches import captioned_batches
 from finetune.core.data.class_images import RECORD
-from finetune.core.data.images import read_folder
 from finetune.core.data.prior import WithPrior, with_prior
 from finetune.core.learns.trainable import lora_adapters
 from finetune.core.loss import denoising_loss, noisy_latents
 from finetune.core.open import open_run
+from finetune.core.pictures.images import read_folder
 from finetune.core.run import Opened, Update
 from finetune.core.settings.images import PictureConfig
 from finetune.core.settings.methods import LoraConfig, PriorConfig

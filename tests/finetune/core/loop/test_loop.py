@@ -19,11 +19,11 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from configs.errors import TisserandError
 from finetune.core.data.batches import CaptionedBatches, captioned_batches
-from finetune.core.data.images import read_images
 from finetune.core.learns.optimizer import base_learning_rate
 from finetune.core.learns.trainable import Learns, lora_adapters
 from finetune.core.loop.loop import train
 from finetune.core.loss import denoising_loss
+from finetune.core.pictures.images import read_images
 from finetune.core.run import Run, Step
 from finetune.core.settings.images import ImageFolderConfig, PictureConfig
 from finetune.core.settings.methods import LoraConfig

@@ -19,7 +19,7 @@ from test_methods import run_recipe, words_of
 from configs.errors import InputError, UsageError
 from configs.load import load
 from data_prep.folders.run_folder import EMBEDDINGS_FILE, LORA_FILE
-from finetune.core.data.images import CaptionedImage
+from finetune.core.pictures.images import CaptionedImage
 from finetune.core.settings.watching import WatchConfig
 from finetune.core.watch.losses import spread_over_captions, summary
 from finetune.diffusion.denoiser import Denoiser

@@ -14,7 +14,7 @@ from functools import lru_cache
 from PIL.Image import Transpose as Turn
 
 from configs.errors import UsageError
-from finetune.core.data.images import CaptionedImage
+from finetune.core.pictures.images import CaptionedImage
 from finetune.core.settings.images import PictureConfig
 from prompts.captions import parse_caption
 

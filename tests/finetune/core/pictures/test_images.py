@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from configs.errors import InputError, UsageError
-from finetune.core.data.images import data_hash, data_provenance, read_folder, read_images
+from finetune.core.pictures.images import data_hash, data_provenance, read_folder, read_images
 from finetune.core.settings.images import ImageFolderConfig
 
 GREY = np.arange(12 * 20, dtype=np.uint8).reshape(12, 20)

@@ -8,8 +8,8 @@ import pytest
 from PIL.Image import Transpose
 
 from configs.errors import UsageError
-from finetune.core.data.flips import ways_to_show
-from finetune.core.data.images import CaptionedImage
+from finetune.core.pictures.flips import ways_to_show
+from finetune.core.pictures.images import CaptionedImage
 from finetune.core.settings.images import PictureConfig
 
 

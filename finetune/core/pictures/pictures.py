@@ -18,7 +18,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from configs.errors import InputError
-from finetune.core.data.images import CaptionedImage, raise_together
+from finetune.core.pictures.images import CaptionedImage, raise_together
 from finetune.core.settings.images import PictureConfig
 from finetune.diffusion.draws import counter_seed
 

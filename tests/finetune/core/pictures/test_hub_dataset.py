@@ -8,8 +8,8 @@ import pytest
 from test_processes import torchrun
 
 from configs.errors import InputError
-from finetune.core.data.hub_dataset import local_images
-from finetune.core.data.images import read_images
+from finetune.core.pictures.hub_dataset import local_images
+from finetune.core.pictures.images import read_images
 from finetune.core.settings.images import ImageFolderConfig
 
 

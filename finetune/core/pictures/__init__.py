@@ -1,0 +1,1 @@
+"""Images to pictures: read and checked, turned, resized and cut."""
