@@ -16,6 +16,7 @@ from configs.errors import InputError, UsageError
 from configs.load import load
 from data_prep.folders.run_folder import LORA_FILE
 from finetune.core.learns.trainable import lora_adapters
+from finetune.core.save.kohya import PREFIXES, to_diffusers, to_kohya
 from finetune.core.save.weights import save_lora
 from finetune.core.settings.methods import LoraConfig
 from finetune.diffusion.adapters import load_adapter
@@ -23,7 +24,7 @@ from finetune.diffusion.config import SamplingConfig
 from finetune.diffusion.denoiser import Denoiser
 from finetune.diffusion.models import Models, load_models
 from finetune.diffusion.text import tokenize
-from finetune.export import PREFIXES, ExportConfig, main, to_diffusers, to_kohya
+from finetune.export import ExportConfig, main
 
 NAMES = Path(__file__).parent / "kohya_names.txt"
 """Recorded from kohya-ss/sd-scripts at commit 48d368f: ``LoRANetwork`` in networks/lora.py, ``create_modules`` with

@@ -14,7 +14,9 @@ from safetensors.torch import load_file
 from configs.errors import InputError, UsageError
 from data_prep.shapes import ShapesConfig
 from data_prep.shapes import main as draw
-from finetune.pretrain import PretrainConfig, main, split_word
+from finetune.diffusion.from_scratch.config import PretrainConfig
+from finetune.diffusion.from_scratch.spelling import split_word
+from finetune.pretrain import main
 
 TINY = {
     "vae_channels": (16, 16),
