@@ -8,18 +8,18 @@ VAE round trip, and for the nearest other state of the material.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import combinations
 
 import numpy as np
 
 from data_prep.folders.results import Result, Verdict
+from eval.likeness.described import Described, DescribedSets
 from eval.likeness.descriptors import DESCRIPTORS, Descriptor, as_vectors
 from eval.likeness.rows import Naming
 from eval.stats.distances import (
     Floats,
     Interval,
-    Ints,
     Sample,
     auc_interval,
     block_weights,
@@ -42,62 +42,7 @@ TOLD_APART = (0.65, 0.9)
 """Share of pairs in order (AUC) of the two-sample test, beyond the real-to-real line, that warns; and that is clear."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Described:
-    """The descriptors of one set of tiles.
-
-    Attributes:
-        values: name -> (N, ...), as from ``describe``.
-        cells: (N,) number of the caption.
-        blocks: (N,) block number.
-    """
-
-    values: Mapping[str, Floats]
-    cells: Ints
-    blocks: Ints
-
-    def __len__(self) -> int:
-        return len(self.cells)
-
-    def take(self, index: Ints) -> Described:
-        """Return the tiles at ``index``."""
-        return Described(
-            values={name: values[index] for name, values in self.values.items()},
-            cells=self.cells[index],
-            blocks=self.blocks[index],
-        )
-
-    @staticmethod
-    def joined(first: Described, second: Described) -> Described:
-        """Return both together; blocks keep apart."""
-        return Described(
-            values={name: np.concatenate([first.values[name], second.values[name]]) for name in first.values},
-            cells=np.concatenate([first.cells, second.cells]),
-            blocks=np.concatenate([first.blocks, second.blocks + first.blocks.max(initial=0) + 1]),
-        )
-
-    def sample(self, scale: tuple[Floats, Floats]) -> Sample:
-        """Return all descriptors as feature vectors, less a mean and over a spread, (D,) each."""
-        vectors = (as_vectors(dict(self.values)) - scale[0]) / scale[1]
-        return Sample(features=vectors, strata=self.cells, blocks=self.blocks)
-
-    @property
-    def num_blocks(self) -> int:
-        """Blocks, counted within each caption."""
-        return len(one_a_block(self.cells, self.blocks))
-
-
-@dataclass(frozen=True, kw_only=True)
-class Compared:
-    """The sets that are compared; ``vae`` is None without a round trip."""
-
-    generated: Described
-    held_out: Described
-    aside: Described
-    vae: Described | None
-
-
-def descriptor_rows(sets: Compared, naming: Naming, why_grey: str, *, draws: int, seed: int) -> list[Result]:
+def descriptor_rows(sets: DescribedSets, naming: Naming, why_grey: str, *, draws: int, seed: int) -> list[Result]:
     """Return the floor ratios, the two-sample test, the distance of distributions, density and coverage.
 
     Args:
@@ -116,7 +61,7 @@ def descriptor_rows(sets: Compared, naming: Naming, why_grey: str, *, draws: int
     if not number:
         reason = why_grey or "no caption has two tiles each of generated, held-out and set-aside real slices"
         return [Result(metric="descriptor_floor_ratio", set="generated", unit="ratio", reason=reason)]
-    equal = Compared(
+    equal = DescribedSets(
         generated=_first(sets.generated, number),
         held_out=_first(sets.held_out, number),
         aside=_first(sets.aside, number),
@@ -128,7 +73,7 @@ def descriptor_rows(sets: Compared, naming: Naming, why_grey: str, *, draws: int
     return rows + _set_rows(equal, grey, draws=draws, seed=seed)
 
 
-def _ratio_rows(sets: Compared, naming: Naming, grey: str, *, draws: int, seed: int) -> list[Result]:
+def _ratio_rows(sets: DescribedSets, naming: Naming, grey: str, *, draws: int, seed: int) -> list[Result]:
     """Return the ratio of every descriptor, its reference lines, its captions, and the median over all."""
     others = {"generated": sets.generated, "aside": sets.aside} | ({"vae": sets.vae} if sets.vae is not None else {})
     weights = {
@@ -179,7 +124,7 @@ def _ratio_rows(sets: Compared, naming: Naming, grey: str, *, draws: int, seed: 
     return [_median_row(medians, sets, grey), *rows]
 
 
-def _median_row(medians: Mapping[str, Sequence[Floats]], sets: Compared, grey: str) -> Result:
+def _median_row(medians: Mapping[str, Sequence[Floats]], sets: DescribedSets, grey: str) -> Result:
     """Return the median ratio over the descriptors, judged once, so that a dozen tests do not raise a false alarm."""
     lines = {name: _interval(np.median(np.stack(values), axis=0)) for name, values in medians.items()}
     row = Result(
@@ -207,7 +152,7 @@ def _judge(value: Interval, vae: Interval | None, other_state: float | None) -> 
     return "warn", "further than two pieces of the same part"
 
 
-def _set_rows(sets: Compared, grey: str, *, draws: int, seed: int) -> list[Result]:
+def _set_rows(sets: DescribedSets, grey: str, *, draws: int, seed: int) -> list[Result]:
     """Return what needs all descriptors at once."""
     vectors = as_vectors(dict(sets.held_out.values))
     scale = vectors.mean(axis=0), vectors.std(axis=0) + 1e-9

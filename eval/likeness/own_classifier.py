@@ -6,23 +6,70 @@ yet good enough for a classifier. Source: Li et al. 2023, Your diffusion model i
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING
 
 import numpy as np
 from tqdm import tqdm
 
 from data_prep.folders.results import Result, Verdict
+from eval.likeness.rows import HEADS, Head, Naming
+from eval.likeness.tile_sets import block_numbers, class_numbers, leak_unchecked
 from eval.stats.distances import Floats, Ints, accuracy_interval
+from eval.tiles.config import SlicesConfig
+from eval.tiles.features import Grey, cover, draw_cuts, read_grey
+from eval.tiles.sets import Generated, RealSlices, split_cuts
 from finetune.diffusion.fixed_noise import denoising_losses
+from finetune.diffusion.models import Models
+from finetune.diffusion.tuned import load_tuned
 from finetune.diffusion.vae import slice_latents
-
-if TYPE_CHECKING:
-    from eval.tiles.features import Grey
-    from finetune.diffusion.models import Models
+from prompts.captions import caption
 
 FEWEST = 32
+
+
+def rows_by_own_loss(
+    slices: SlicesConfig,
+    real: RealSlices,
+    generated: Generated,
+    naming: Naming,
+    *,
+    num_slices: int,
+    num_timesteps: int,
+) -> list[Result]:
+    """Let the model that made the slices read held-out ones by its own loss, or say why not.
+
+    Args:
+        slices: what is compared; its seed draws the slices and the noise.
+        real: the slices of the dataset.
+        generated: the generated slices, whose records name the model and its adapters.
+        naming: names of the classes.
+        num_slices: held-out slices that are read; 0 leaves it out.
+        num_timesteps: noise levels of the loss.
+
+    Raises:
+        UsageError, InputError: the model or an adapter of the records cannot be loaded.
+    """
+    name = slices.pretrained_model_name_or_path or generated.base_model
+    why = "left out; ask for it with --classify_slices 45" if not num_slices else ""
+    why = why or ("" if name else "the records name no model") or leak_unchecked(real)
+    if why:
+        return [Result(metric=f"own_classifier_{head}", set="held_out", unit="share", reason=why) for head in HEADS]
+    paths, scales = [path for path, _ in generated.adapters], [scale for _, scale in generated.adapters]
+    models = load_tuned(name, paths, scales or [1.0]).models
+    labels = sorted({(row.state, row.axis) for row in real.validation})
+    each = max(1, num_slices // len(labels))
+    cuts = {cut.path: cut for cut in draw_cuts(split_cuts(real, "validation", real.shortest_side), each, slices.seed)}
+    pictures = np.stack([cover(read_grey(path), (models.size_px, models.size_px)) for path in cuts])
+    captions = [caption(*label, naming.vocabulary) for label in labels]
+    return own_classifier_rows(
+        caption_losses(models, pictures, captions, num_timesteps=num_timesteps, seed=slices.seed),
+        class_numbers((cut.label for cut in cuts.values()), naming),
+        class_numbers(labels, naming),
+        block_numbers(cut.block for cut in cuts.values()),
+        draws=slices.bootstrap_draws,
+        seed=slices.seed,
+    )
 
 
 def caption_losses(
@@ -40,7 +87,7 @@ def caption_losses(
 
 
 def own_classifier_rows(
-    losses: Floats, truth: dict[str, Ints], classes: dict[str, Ints], blocks: Ints, *, draws: int, seed: int
+    losses: Floats, truth: Mapping[Head, Ints], classes: Mapping[Head, Ints], blocks: Ints, *, draws: int, seed: int
 ) -> list[Result]:
     """Return how often the least surprising caption names the right state, axis, and both.
 
@@ -55,7 +102,7 @@ def own_classifier_rows(
     chosen = losses.argmin(axis=1)
     strata = truth["state"] * 1000 + truth["axis"]
     rows = []
-    for head in ("state", "axis"):
+    for head in HEADS:
         number = int(classes[head].max()) + 1
         read = classes[head][chosen]
         interval = accuracy_interval(truth[head], read, number, strata, blocks, draws=draws, seed=seed)

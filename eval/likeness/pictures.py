@@ -8,13 +8,12 @@ from typing import TYPE_CHECKING
 import numpy as np
 from PIL import Image
 
-from eval.likeness.descriptor_rows import Described
+from eval.likeness.described import Described, DescribedSets
 from eval.likeness.descriptors import ANGLES, GREY_BINS
 from eval.likeness.rows import HEADS, Head, Naming, Seen, Sets, table_of
 from prompts.captions import caption
 
 if TYPE_CHECKING:
-    from eval.likeness.descriptor_rows import Compared
     from eval.likeness.tile_sets import TileSets
     from eval.stats.distances import Floats
     from eval.tiles.features import Grey, Tiles
@@ -42,7 +41,7 @@ def sample_name(state: str, axis: str, kind: str) -> str:
     return f"{state.replace('_', '-')}_{axis}_{kind}.png"
 
 
-def save_overlays(folder: Path, sets: Compared, naming: Naming, tile: int) -> list[dict[str, str]]:
+def save_overlays(folder: Path, sets: DescribedSets, naming: Naming, tile: int) -> list[dict[str, str]]:
     """Draw the curves of each caption into descriptors/; return caption and file of each.
 
     Real held-out slices in black with the band of single blocks of real slices, the VAE round trip dotted, generated
@@ -57,7 +56,7 @@ def save_overlays(folder: Path, sets: Compared, naming: Naming, tile: int) -> li
     return found
 
 
-def _draw_overlay(path: Path, sets: Compared, cell: int, tile: int) -> None:
+def _draw_overlay(path: Path, sets: DescribedSets, cell: int, tile: int) -> None:
     """Draw four descriptors of one caption beside each other."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure

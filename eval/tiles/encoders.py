@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -70,6 +70,15 @@ def load_encoder(kind: str, folder: Path) -> Encoder:
         why = str(error).strip().partition("\n")[0]
         raise UsageError(f"--encoder {kind}={folder}: not readable as {kind} ({why})") from None
     return Encoder(kind=kind, hash=sha256_of(weights), images=images, texts=texts)
+
+
+def load_encoders(folders: Mapping[str, Path]) -> list[Encoder]:
+    """Load the encoders of several folders, by their kind.
+
+    Raises:
+        UsageError: as for ``load_encoder``.
+    """
+    return [load_encoder(kind, folder) for kind, folder in folders.items()]
 
 
 def unit(vectors: Floats) -> Floats:

@@ -12,7 +12,8 @@ from PIL import Image
 from configs.errors import InputError, NothingLeftError, UsageError
 from data_prep.folders.manifest import SliceRow, write_manifest, write_rows
 from data_prep.folders.results import Result, read_results
-from eval.fidelity import FidelityConfig, coloured_row, main
+from eval.fidelity import FidelityConfig, main
+from eval.likeness.colour import coloured_row
 from eval.likeness.rows import Naming, Seen, Sets, fidelity_rows
 from eval.tiles.config import SlicesConfig
 from eval.tiles.sets import read_real, real_cuts
