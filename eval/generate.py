@@ -11,29 +11,15 @@ pixels. With --format tiff16 --dataset DIR each slice is also written to tiff/ i
 from __future__ import annotations
 
 import dataclasses
-import difflib
-import json
-import re
-import shlex
 import sys
-from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
-from configs.errors import UsageError
 from configs.load import Repeatable, command, save
+from data_prep.folders.publish import check_free, publish
 from finetune.diffusion.config import SamplingConfig, each_scale
-
-if TYPE_CHECKING:
-    import numpy as np
-    from torch import Tensor
-
-    from finetune.diffusion.vae import Request
-
-SHEET_COLUMNS = 8
-SHEET_ROWS = 60
+from finetune.diffusion.shares import join_team
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,195 +69,43 @@ class GenerateConfig:
 
 def main(config: GenerateConfig) -> None:
     """Load, generate batch by batch, and publish the folder when it is whole."""
-    from data_prep.folders.publish import check_free, publish
-    from eval.tiles.tiff16 import scales_of, write_slice
-    from prompts.grids import make_grid, read_grid, read_prompts, write_grid
-
     check_free(config.output_dir, overwrite=config.overwrite, mark="records.jsonl")
-    prompts = [*config.prompts, *(read_prompts(config.prompts_file) if config.prompts_file else ())]
-    grid = read_grid(config.grid) if config.grid else make_grid(prompts, config.num_images, config.seed)
-    scales = scales_of(config.dataset, grid.prompts) if config.dataset else {}
 
-    from PIL import Image
-    from tqdm import tqdm
+    from eval.generation import next_step, pictures, request
 
-    from data_prep.folders.provenance import base_mismatch, captions_of, dataset_of, pipeline_provenance, size_of
-    from eval.page.contact_sheet import contact_sheet
-    from finetune.diffusion.adapters import fold_adapters
-    from finetune.diffusion.hashes import model_hash
-    from finetune.diffusion.sampling import require_light, sample
-    from finetune.diffusion.shares import join_team
-    from finetune.diffusion.tuned import load_tuned
-
+    model = config.pretrained_model_name_or_path
+    grid, scales = request.read_request(
+        config.grid,
+        config.prompts,
+        config.prompts_file,
+        config.dataset,
+        count=config.num_images,
+        seed=config.seed,
+    )
     team = join_team()
-    tuned = load_tuned(config.pretrained_model_name_or_path, config.adapter, config.adapter_scale)
-    fold_adapters(tuned.models)
-    notes = []
-    base = {"name": config.pretrained_model_name_or_path, "hash": model_hash(config.pretrained_model_name_or_path)}
-    if other := base_mismatch(tuned.provenances, base["hash"]):
-        notes.append(f"note: the adapter was trained on another base model ({other})")
-    provenances = [pipeline_provenance(config.pretrained_model_name_or_path), *tuned.provenances]
-    notes += _near_captions(grid.prompts, captions_of(provenances))
+    origin = request.open_origin(model, config.adapter, config.adapter_scale)
     if team.is_first:
-        print("".join(f"{note}\n" for note in notes), end="", file=sys.stderr)
-    settings = {
-        prompt: resolve_size(config.sampling, size_of(provenances, prompt), tuned.models.size_px)
-        for prompt in grid.prompts
-    }
-    sizes = {(one.height, one.width): one for one in settings.values()}
-    if len(sizes) == 1:
-        config = dataclasses.replace(config, sampling=next(iter(sizes.values())))
+        for remark in request.remarks(origin, grid.prompts):
+            print(remark, file=sys.stderr)
+    settings = request.sized_settings(origin, grid.prompts, config.sampling)
+    asked = request.PictureRequest(grid=grid, settings=settings, origin=origin, scales=scales)
+    if len(asked.sizes) == 1:
+        config = dataclasses.replace(config, sampling=next(iter(asked.sizes.values())))
 
-    requests = grid.requests
-    shown: dict[int, np.ndarray] = {}
-    columns = min(len(grid.seeds), SHEET_COLUMNS)
     published = publish(config.output_dir, overwrite=config.overwrite, mark="records.jsonl")
     with team.folder(published) as folder:
-        records: dict[int, dict[str, object]] = {}
-        if scales:
-            (folder / "tiff").mkdir(exist_ok=True)
-        # Whoever makes a batch, it has the same pictures: the bits do not depend on the number of processes.
-        batches = team.mine(list(_batches(requests, settings)))
-        known: dict[str, Tensor] = {}
-        hidden = None if team.is_first else True
-        bar = tqdm(total=sum(map(len, batches)), desc="generating", unit="picture", disable=hidden)
-        for places in batches:
-            batch = [requests[place] for place in places]
-            pictures = sample(tuned.models, batch, settings[batch[0][0]], known=known)
-            require_light(pictures, batch)
-            for index, picture, (prompt, seed) in zip(places, pictures, batch, strict=True):
-                name = picture_name(index // len(grid.seeds), prompt, seed)
-                Image.fromarray(picture).save(folder / name)
-                record = _record(name, prompt, seed, settings[prompt], base, tuned.adapters)
-                if scales:
-                    record["tiff"] = f"tiff/{Path(name).stem}.tif"
-                    spread = write_slice(folder / str(record["tiff"]), picture, scales[prompt])
-                    record["channel_spread"] = round(spread, 3)
-                records[index] = record
-                if index % len(grid.seeds) < columns and index // len(grid.seeds) < SHEET_ROWS:
-                    shown[index] = picture
-            bar.update(len(batch))
-        bar.close()
-        records, shown = team.merged(records), team.merged(shown)
+        drawn = pictures.draw_pictures(asked, folder, team)
         if not team.is_first:
             return
-        rows = min(len(grid.prompts), SHEET_ROWS)
-        labels = [prompt or "(empty prompt)" for prompt in grid.prompts[:rows]]
-        headers = [f"seed {seed}" for seed in grid.seeds[:columns]]
-        cells = _in_one_size([shown[place] for place in sorted(shown)])
-        contact_sheet(cells, rows, columns, labels, headers).save(folder / "contact_sheet.png")
-        text = "".join(json.dumps(records[place], ensure_ascii=False) + "\n" for place in sorted(records))
-        (folder / "records.jsonl").write_text(text, encoding="utf-8")
-        write_grid(folder / "grid.json", grid)
+        pictures.write_lists(asked, folder, drawn)
         save(config, folder / "config.yaml")
-
     print(
-        f"{len(records)} pictures of {', '.join(f'{height} x {width}' for height, width in sizes)} px in "
+        f"{len(drawn.records)} pictures of {', '.join(f'{height} x {width}' for height, width in asked.sizes)} px in "
         f"{config.output_dir}: "
         f"{len(grid.prompts)} prompts x {len(grid.seeds)} seeds; look at {config.output_dir / 'contact_sheet.png'}"
     )
-    dataset = dataset_of([*config.adapter, Path(config.pretrained_model_name_or_path)])
-    base_model = provenances[0].get("base_model")
-    came_from = str(base_model["name"]) if isinstance(base_model, dict) and "name" in base_model else None
-    print(f"next: {_next(config, dataset, grid.prompts, came_from)}")
-
-
-def resolve_size(settings: SamplingConfig, trained: tuple[int, int] | None, own: int) -> SamplingConfig:
-    """Fill in the height and width: as set, else the training size, else the model's own.
-
-    Raises:
-        UsageError: the training size is not a multiple of 8 and cannot be generated as it is.
-    """
-    height, width = trained or (own, own)
-    height, width = settings.height or height, settings.width or width
-    if height % 8 or width % 8:
-        raise UsageError(
-            f"the adapter was trained at {height} x {width} px, which is not a multiple of 8; pass --height "
-            f"{-(-height // 8) * 8} --width {-(-width // 8) * 8}"
-        )
-    return dataclasses.replace(settings, height=height, width=width)
-
-
-def _batches(requests: Sequence[Request], settings: Mapping[str, SamplingConfig]) -> Iterator[list[int]]:
-    """Yield the places of requests that are generated together: of one size, in their order."""
-    places = defaultdict(list)
-    for place, (prompt, _) in enumerate(requests):
-        places[settings[prompt].height, settings[prompt].width].append(place)
-    for of_one_size in places.values():
-        size = settings[requests[of_one_size[0]][0]].batch_size
-        yield from (of_one_size[start : start + size] for start in range(0, len(of_one_size), size))
-
-
-def _in_one_size(pictures: Sequence[np.ndarray]) -> list[np.ndarray]:
-    """Return pictures (H, W, 3) in the size of the largest sides, on white."""
-    import numpy as np
-
-    height, width = (max(picture.shape[axis] for picture in pictures) for axis in (0, 1))
-    ends = [(height - picture.shape[0], width - picture.shape[1]) for picture in pictures]
-    return [
-        np.pad(picture, ((0, rows), (0, columns), (0, 0)), constant_values=255)
-        for picture, (rows, columns) in zip(pictures, ends, strict=True)
-    ]
-
-
-def picture_name(number: int, prompt: str, seed: int) -> str:
-    """Return a file name that sorts by prompt and seed and holds nothing but letters, digits, ``_`` and ``-``."""
-    words = re.sub(r"[^a-z0-9_]+", "-", prompt.lower())[:48].strip("-") or "empty"
-    return f"{number:03d}-{words}-seed{seed:04d}.png"
-
-
-def _record(
-    name: str, prompt: str, seed: int, settings: SamplingConfig, base: dict[str, str], adapters: list[dict[str, object]]
-) -> dict[str, object]:
-    """Write down everything that gives this picture again."""
-    return {
-        "file_name": name,
-        "prompt": prompt,
-        "negative_prompt": settings.negative_prompt,
-        "seed": seed,
-        "steps": settings.num_inference_steps,
-        "guidance_scale": settings.guidance_scale,
-        "scheduler": settings.scheduler,
-        "height": settings.height,
-        "width": settings.width,
-        "batch_size": settings.batch_size,
-        "adapters": adapters,
-        "base_model": base,
-    }
-
-
-def _near_captions(prompts: Sequence[str], captions: Sequence[str]) -> list[str]:
-    """Say which prompts are a letter or two away from a training caption: most likely a slip."""
-    notes = []
-    for prompt in prompts:
-        near = [] if prompt in captions else difflib.get_close_matches(prompt, captions, n=1, cutoff=0.9)
-        notes += [f"note: '{prompt}' is not a training caption; did you mean '{text}'?" for text in near]
-    return notes
-
-
-def _next(config: GenerateConfig, dataset: Path | None, prompts: Sequence[str], came_from: str | None) -> str:
-    """Return the command that makes sense after this one; ``came_from`` is the base model of a tuned pipeline."""
-    from prompts.captions import parse_caption
-    from prompts.vocabulary import DEFAULT
-
-    model = ["--pretrained_model_name_or_path", config.pretrained_model_name_or_path]
-    adapters = [word for adapter in config.adapter for word in ("--adapter", str(adapter))]
-    beside = config.output_dir.parent
-    if dataset is not None and any(parse_caption(prompt, DEFAULT) for prompt in prompts):
-        words = [
-            "--real",
-            str(dataset),
-            "--generated",
-            str(config.output_dir),
-            "--output_dir",
-            str(beside / "fidelity"),
-        ]
-        return f"python -m eval.fidelity {shlex.join(words)}"
-    if adapters or came_from:
-        words = [*model, *(("--base", came_from) if came_from else ()), *adapters]
-        return f"python -m eval.drift {shlex.join([*words, '--output_dir', str(beside / 'drift')])}"
-    words = [*model, "--train_data_dir", "data/weave/train", "--output_dir", "runs/lora"]
-    return f"accelerate launch finetune/lora.py {shlex.join(words)}"
+    command_line = next_step.next_command(model, config.adapter, config.output_dir, grid.prompts, origin.came_from)
+    print(f"next: {command_line}")
 
 
 if __name__ == "__main__":

@@ -11,22 +11,14 @@ proposals are measured. Everyday words stand beside them as a scale. Nothing is 
 from __future__ import annotations
 
 import shlex
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
-from configs.errors import NothingLeftError
 from configs.load import Positional, command
-
-if TYPE_CHECKING:
-    from torch import Tensor
-
-    from finetune.diffusion.models import Models
 
 EVERYDAY = ("red", "wooden", "dog")
 """Words that a model knows: what a poor identifier does to its predictions."""
 HERE = "{word}"
-STEPS = 20
+"""Where a prompt holds the word."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,52 +51,27 @@ class IdentifiersConfig:
 
 def main(config: IdentifiersConfig) -> None:
     """Print how far each word moves the predictions, the least first."""
-    from finetune.diffusion.tuned import load_tuned
-    from prompts.rare_words import judge, propose
-    from prompts.word_vectors import read_word_vectors
+    from eval.forgetting.influence import influence, open_candidates
 
-    models = load_tuned(config.pretrained_model_name_or_path).models
-    vectors = read_word_vectors(config.pretrained_model_name_or_path, models.tokenizer)
-    words = list(dict.fromkeys(config.words)) or propose(models.tokenizer, config.num_proposals, vectors)
-    if not words:
-        raise NothingLeftError("WORDS: this vocabulary has no rare words of one token to propose; name some")
-    moved = influence(models, [*words, *EVERYDAY], config)
+    candidates = open_candidates(config.pretrained_model_name_or_path, config.words, config.num_proposals)
+    words = candidates.words
+    moved = influence(
+        candidates.models,
+        {word: config.prompt.replace(HERE, word) for word in (*words, *EVERYDAY)},
+        " ".join(config.prompt.replace(HERE, " ").split()),
+        num_latents=config.num_latents,
+        num_timesteps=config.num_timesteps,
+        seed=config.seed,
+    )
     print(f"{'word':<12} {'moves by':>9}  by its tokens")
     for word in sorted(words, key=moved.__getitem__):
-        print(f"{word:<12} {moved[word]:9.5f}  {judge(models.tokenizer, word, vectors).grade}")
+        print(f"{word:<12} {moved[word]:9.5f}  {candidates.grade(word)}")
     print("for scale: " + ", ".join(f"{word} {moved[word]:.5f}" for word in EVERYDAY))
     best = min(words, key=moved.__getitem__)
     prompt = ["--instance_prompt", config.prompt.replace(HERE, best)]
     model = ["--pretrained_model_name_or_path", config.pretrained_model_name_or_path]
     print(f"next: accelerate launch finetune/lora_dreambooth.py {shlex.join([*model, *prompt])} --instance_data_dir "
           "data/few/dry")  # fmt: skip
-
-
-def influence(models: Models, words: Sequence[str], config: IdentifiersConfig) -> dict[str, float]:
-    """Return the relative mean squared change of the predictions that each word causes; 0 for a word that is not read.
-
-    Args:
-        models: the base.
-        words: to put into the prompt.
-        config: prompt, pictures and noise levels.
-    """
-    from eval.forgetting.divergence import divergence, divergence_parts
-    from finetune.diffusion.config import SamplingConfig
-    from finetune.diffusion.fixed_noise import predictions
-    from finetune.diffusion.sampling import sample_latents
-
-    plain = " ".join(config.prompt.replace(HERE, " ").split())
-    seeds = range(config.seed, config.seed + config.num_latents)
-    settings = SamplingConfig(num_inference_steps=STEPS, height=models.size_px, width=models.size_px)
-    latents = sample_latents(models, [(plain, seed) for seed in seeds], settings, progress="pictures").cpu()[None]
-
-    def predicted(prompt: str) -> Tensor:
-        return predictions(models, [prompt], latents, num_timesteps=config.num_timesteps, seed=config.seed)
-
-    without = predicted(plain)
-    return {
-        word: divergence(*divergence_parts(predicted(config.prompt.replace(HERE, word)), without)) for word in words
-    }
 
 
 if __name__ == "__main__":

@@ -11,7 +11,9 @@ from PIL import Image
 
 from configs.errors import TisserandError, UsageError
 from configs.load import load
-from eval.generate import GenerateConfig, main, picture_name, resolve_size
+from eval.generate import GenerateConfig, main
+from eval.generation.pictures import picture_name
+from eval.generation.request import resolve_size
 from finetune.diffusion.config import SamplingConfig
 
 FAST = SamplingConfig(num_inference_steps=2, batch_size=4)

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from eval.identifiers import IdentifiersConfig, influence, main
+from eval.forgetting.influence import influence
+from eval.identifiers import IdentifiersConfig, main
 from finetune.diffusion.fixed_noise import predictions
 from finetune.diffusion.models import load_models
 
@@ -21,8 +22,8 @@ def test_the_influence_is_the_change_of_the_predictions_over_their_size(toy_sd: 
     from finetune.diffusion.sampling import sample_latents
 
     models = load_models(str(toy_sd))
-    config = settings(toy_sd, prompt="a {word} texture")
-    found = influence(models, ["sks"], config)["sks"]
+    prompts = {"sks": "a sks texture"}
+    found = influence(models, prompts, "a texture", num_latents=1, num_timesteps=2, seed=0)["sks"]
     size = {"height": models.size_px, "width": models.size_px}
     latents = sample_latents(models, [("a texture", 0)], SamplingConfig(num_inference_steps=20, **size))
     both = predictions(models, ["a sks texture", "a texture"], torch.stack([latents, latents]).cpu(), num_timesteps=2)

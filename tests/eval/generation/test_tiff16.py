@@ -13,7 +13,7 @@ from configs.errors import InputError
 from data_prep.folders.manifest import SliceRow, write_manifest, write_rows
 from data_prep.folders.window import Window
 from eval.generate import GenerateConfig, main
-from eval.tiles.tiff16 import Scale, scales_of, write_slice
+from eval.generation.tiff16 import Scale, scales_of, write_slice
 from finetune.diffusion.config import SamplingConfig
 
 WINDOW = {"low": 12_000.0, "high": 52_000.0}

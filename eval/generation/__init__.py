@@ -1,0 +1,1 @@
+"""Pictures from prompts and seeds, with a record of what gives each of them again."""
