@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy.ndimage import gaussian_filter
 
-from eval.copying.copies import aligned, best_matches, calibrate, margin_of, planted, turned
+from eval.copying.copies import aligned, best_matches, calibrate, margin_of, planted
 from eval.copying.copy_net import net_matches, train_copy_net
 
 SIDE = 64
@@ -30,12 +30,28 @@ def references() -> np.ndarray:
     return blobs(40, 0)
 
 
-@pytest.mark.parametrize("symmetry", range(8))
-def test_a_copy_is_found_however_it_is_flipped_or_turned(references: np.ndarray, symmetry: int) -> None:
-    query = noisy(np.ascontiguousarray(turned(planted(references[[17]], 8), symmetry)), 1)
+# The eight flips and quarter turns of a square, from mirrors and the transpose alone.
+WAYS = {
+    "as it is": lambda tile: tile,
+    "left to right": lambda tile: tile[:, ::-1],
+    "top to bottom": lambda tile: tile[::-1],
+    "half turn": lambda tile: tile[::-1, ::-1],
+    "transposed": lambda tile: tile.T,
+    "quarter turn": lambda tile: tile.T[::-1],
+    "other quarter turn": lambda tile: tile.T[:, ::-1],
+    "transposed the other way": lambda tile: tile.T[::-1, ::-1],
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_copy_is_found_however_it_is_flipped_or_turned(references: np.ndarray, way: str) -> None:
+    query = noisy(WAYS[way](planted(references[[17]], 8)[0])[None], 1)
     found = best_matches(query, references)
     assert found.index[0] == 17
     assert found.similarity[0] > 0.85
+    # The symmetry that is told lays the asked tile on the one found.
+    laid = aligned(query[0], int(found.symmetry[0]), found.offset[0])[:48, :48].astype(float)
+    assert np.corrcoef(laid.ravel(), references[17][:48, :48].ravel())[0, 1] > 0.85
 
 
 def test_the_offset_moves_the_tile_onto_its_match(references: np.ndarray) -> None:
