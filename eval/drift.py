@@ -15,14 +15,14 @@ import dataclasses
 import json
 import shlex
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from configs.errors import GateError, UsageError
 from configs.load import Repeatable, command, save
-from eval.forgetting.evidence import MAX_FALSE_ALARM, MIN_RECALL, Evidence, Latents
+from eval.forgetting.evidence import MAX_FALSE_ALARM, MIN_RECALL, Evidence, Latents, Views
 from eval.tiles.config import check_encoders
 from finetune.diffusion.config import SamplingConfig, each_scale
 
@@ -31,9 +31,8 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from torch import Tensor
 
-    from data_prep.folders.results import Result, Verdict
+    from data_prep.folders.results import Result
     from eval.forgetting.leak import LeakNet
-    from eval.forgetting.scores import Views
     from eval.forgetting.verdicts import Policy
     from eval.tiles.encoders import Encoder
     from finetune.diffusion.models import Models
@@ -124,6 +123,7 @@ def main(config: DriftConfig) -> None:
     from data_prep.folders.provenance import base_mismatch, captions_of, dataset_of, pipeline_provenance
     from data_prep.folders.results import command_line, write_results
     from eval.forgetting.scores import score_drift, sweep_rows
+    from eval.forgetting.table import drift_table, sweep_lines
     from finetune.diffusion.hashes import model_hash
     from finetune.diffusion.tuned import load_tuned
 
@@ -184,8 +184,8 @@ def main(config: DriftConfig) -> None:
         if config.mode != "pulse":
             _save_pictures(folder, config, probes, evidence, per_picture, weaker)
         save(config, folder / "config.yaml")
-    print(_table(rows))
-    for line in _swept(tried):
+    print(drift_table(rows))
+    for line in sweep_lines(tried):
         print(line)
     if config.mode != "pulse":
         print(f"look at {config.output_dir / 'side_by_side.png'}")
@@ -204,7 +204,6 @@ def _encoders(config: DriftConfig) -> list[Encoder]:
 
 def view_with(encoder: Encoder, prompts: Sequence[str], evidence: Evidence) -> Views:
     """Look at the pictures, and read the prompts, with an encoder."""
-    from eval.forgetting.scores import Views
     from eval.tiles.encoders import unit
 
     def seen(pictures: NDArray[np.uint8]) -> NDArray[np.float64]:
@@ -226,7 +225,9 @@ def _pass_gate(config: DriftConfig, policy: Policy, rows: Sequence[Result]) -> N
     Raises:
         GateError: naming the policy, the worst prompt and what stopped it.
     """
-    overall = next(row for row in rows if row.metric == "worst_prompt")
+    from eval.forgetting.reported import WORST_PROMPT
+
+    overall = next(row for row in rows if row.metric == WORST_PROMPT.name)
     if policy.is_gate and overall.verdict == "stop":
         raise GateError(
             f"--policy {config.policy}: drift ({overall.reason}); worst prompt '{overall.prompt}', "
@@ -420,54 +421,6 @@ def _save_pictures(
     headers = [f"{role}, seed {seed}" for seed in seeds[:columns] for role in ("base", "tuned")]
     labels = [f"{probe.set}  {probe.shown}" for probe in shown]
     contact_sheet(images, len(shown), 2 * columns, labels, headers).save(folder / "side_by_side.png")
-
-
-def _table(rows: Sequence[Result]) -> str:
-    """Write one line per set with its scores and A/A bands, and one for the worst prompt."""
-    metrics = {"divergence_ratio": "moved", "leak": "leak", "colourfulness_ratio": "colour", "luminance_ratio": "light",
-               "retention": "kept"}  # fmt: skip
-    by_key = {(row.metric, row.set): row for row in rows if not row.prompt}
-    lines = [["set", *metrics.values(), "verdict"]]
-    for name in dict.fromkeys(row.set for row in rows if row.set not in {"", "control", "captions"}):
-        found = [by_key.get((metric, name)) for metric in metrics]
-        cells = [_cell(row, by_key.get((f"{metric}_aa", name))) for metric, row in zip(metrics, found, strict=True)]
-        judged = [row.verdict for row in rows if row.set == name and not row.prompt]
-        lines.append([name, *cells, _worst(judged)])
-    widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
-    text = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines]
-    overall = next(row for row in rows if row.metric == "worst_prompt")
-    text.append(f"worst prompt: '{overall.prompt}' ({overall.set}), {overall.unit} {overall.value:.2f}")
-    text.append(f"verdict: {overall.verdict}" + (f" ({overall.reason})" if overall.reason else ""))
-    text += [
-        f"leak not measured: {row.reason}" for row in rows if row.metric == "leak" and row.value is None and not row.set
-    ]
-    return "\n".join(text)
-
-
-def _swept(rows: Sequence[Result]) -> Iterable[str]:
-    """Write a line per strength tried, weakest first, and which is the strongest that does not stop."""
-    worst = {row.set: row for row in rows if row.metric == "sweep_worst_prompt"}
-    moved = {row.set: row for row in rows if row.metric == "sweep_captions_moved"}
-    for name, row in worst.items():
-        learned = moved[name].value if name in moved else None
-        kept = "" if learned is None else f", {learned:.0%} of the change for the captions"
-        yield f"{name}: worst prompt '{row.prompt}', {row.unit} {row.value:.2f}, {row.verdict}{kept}"
-    passed = [name for name, row in worst.items() if row.verdict in {"ok", "warn"}]
-    if worst:
-        yield f"strongest without a stop: {passed[-1]}" if passed else "every strength tried stops"
-
-
-def _worst(verdicts: Sequence[Verdict]) -> str:
-    from eval.forgetting.verdicts import worst
-
-    return worst(verdicts)
-
-
-def _cell(row: Result | None, band: Result | None) -> str:
-    """Write a value, with its A/A band where it has one."""
-    if row is None or row.value is None:
-        return "-"
-    return f"{row.value:.2f}" + (f" [{band.low:.2f}, {band.high:.2f}]" if band is not None else "")
 
 
 def _next(config: DriftConfig) -> str:

@@ -9,21 +9,12 @@ box that names the command which would fill it. With --policy strict a box that 
 
 from __future__ import annotations
 
-import base64
-import hashlib
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
-from configs.errors import GateError, TisserandError, UsageError
+from configs.errors import GateError, UsageError
 from configs.load import command
-
-if TYPE_CHECKING:
-    from eval.page.inputs import Folder, Run
-
-TEMPLATE = "report.html.jinja"
-SCRIPT = "report_film.js"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,77 +42,21 @@ class ReportConfig:
 
 def main(config: ReportConfig) -> None:
     """Read everything, render, check the size, and put the page in place when it is whole."""
-    from eval.page.inputs import LARGEST_PAGE, read_folder, read_run
+    from eval.page.render import make_page
 
     if config.output.is_dir():
         raise UsageError(f"--output {config.output}: is a folder; name a file that ends with .html")
     if config.output.exists() and not config.overwrite:
         raise UsageError(f"--output {config.output}: already exists; name another file or pass --overwrite")
-    from eval.page.sections import verdict_boxes
-
-    run = read_run(config.run) if config.run else None
-    folders = [read_folder(path) for path in config.results]
-    page = render(config, run, folders).encode()
-    if len(page) > LARGEST_PAGE:
-        raise TisserandError(
-            f"--results: the page would have {len(page) / 1e6:.1f} MB, more than {LARGEST_PAGE / 1e6:.0f}; give fewer"
-        )
+    page = make_page(config.run, config.results, config.title)
     config.output.parent.mkdir(parents=True, exist_ok=True)
     partial = config.output.with_name(config.output.name + ".partial")
-    partial.write_bytes(page)
+    partial.write_bytes(page.content)
     partial.replace(config.output)
-    print(f"{config.output}: {len(page) / 1e6:.2f} MB; open it in a browser")
-    stopped = [box for box in verdict_boxes(folders, run) if box["verdict"] == "stop"]
-    if stopped and config.policy == "strict":
-        found = "; ".join(f"{box['title'].lower()}: {box['reason']}" for box in stopped)
+    print(f"{config.output}: {len(page.content) / 1e6:.2f} MB; open it in a browser")
+    if page.stopped and config.policy == "strict":
+        found = "; ".join(f"{box['title'].lower()}: {box['reason']}" for box in page.stopped)
         raise GateError(f"--policy strict: {found} See {config.output}")
-
-
-def render(config: ReportConfig, run: Run | None, folders: Sequence[Folder]) -> str:
-    """Return the page; every text from a file is escaped by the template."""
-    from jinja2 import Environment, FileSystemLoader, StrictUndefined
-    from markupsafe import Markup
-
-    from eval.page import sections as sections
-    from eval.page.curves import drift_curves, loss_curve, selection_line
-    from eval.page.drift import drift_heats, drift_sections
-    from eval.page.film import films
-    from eval.page.inputs import Pictures, find_dataset
-
-    pictures = Pictures()
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    # Our own file, not a text of the results: the only thing on the page that is not escaped.
-    script = (Path(__file__).with_name(SCRIPT)).read_text(encoding="utf-8")
-    samples = sections.sample_cards(folders, pictures)
-    return environment.get_template(TEMPLATE).render(
-        title=config.title or (config.run.name if config.run else "Tisserand report"),
-        boxes=sections.verdict_boxes(folders, run),
-        dataset=sections.dataset_box(find_dataset(run, folders)),
-        curve=loss_curve(run),
-        samples=samples,
-        sheet="" if samples else sections.contact_sheet(folders, pictures),
-        fidelity=sections.fidelity_checks(folders, pictures),
-        memorization=sections.memorization_sections(folders, pictures),
-        comparison=sections.compare_table(folders, pictures),
-        selection=selection_line(run),
-        curves=drift_curves(run),
-        heats=drift_heats(run, folders),
-        drift=drift_sections(folders, pictures),
-        films=films(run, folders, pictures),
-        script=Markup(script),
-        script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode("ascii"),
-        suggest={
-            name: sections.suggestion(f"eval.{name}", folders, run) for name in ("fidelity", "drift", "memorization")
-        },
-        appendix=sections.appendix(run, folders),
-        num_left_out=pictures.num_left_out,
-    )
 
 
 if __name__ == "__main__":

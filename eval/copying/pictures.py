@@ -9,7 +9,8 @@ import numpy as np
 from PIL import Image
 
 from eval.copying.copies import Threshold, aligned
-from eval.copying.rows import DETECTORS, Detector, Searched, threshold_of
+from eval.copying.reported import DETECTORS
+from eval.copying.rows import Detector, Searched, threshold_of
 
 
 def save_gallery(

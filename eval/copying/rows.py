@@ -16,6 +16,7 @@ from scipy.stats import binomtest, mannwhitneyu
 
 from data_prep.folders.results import Result, Verdict
 from eval.copying.copies import Matches, Threshold, calibrate
+from eval.copying.reported import DETECTORS
 from eval.stats.distances import Floats, Interval, Ints, Sample, auc_interval, block_bootstrap, one_a_block
 from eval.tiles.sets import CORRELATION_LENGTHS
 
@@ -37,7 +38,6 @@ FEWEST_LOSSES = (8, 16)
 FEWEST_CELL = 20
 """Tiles of a caption below which its own test is left out."""
 AGREEMENT_QUANTILE = 0.99
-DETECTORS = {"ncc": "correlation", "copy_net": "copy network", "sscd": "SSCD"}
 RAW_COSINES = (0.5, 0.75)
 """What others count as copies by SSCD (Somepalli et al. 2023; Pizzi et al. 2022): reference lines, since slices are
 alike anyway."""

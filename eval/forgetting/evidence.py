@@ -19,8 +19,9 @@ MAX_FALSE_ALARM = 0.1  # of 48 pictures, 5 % would be two; the base's own share 
 class Evidence:
     """Everything that was made with the models, before any of it is judged.
 
-    Letters: P probes, S seeds, C captions, K latents, T timesteps. Pictures (P, S, H, W, 3) uint8, of ``base_more``
-    (N, H, W, 3), S = 0 in a pulse; predictions (P or C, K, T, 4, h, w).
+    Shapes: P is the number of probes, S of seeds, C of captions, K of latents and T of timesteps. Pictures are
+    (P, S, H, W, 3) uint8, with S = 0 in a pulse; those of ``base_more`` are (N, H, W, 3). Predictions are
+    (P, K, T, 4, h, w), of the captions (C, K, T, 4, h, w).
     """
 
     base: NDArray[np.uint8]
@@ -36,7 +37,18 @@ class Evidence:
 
 @dataclass(frozen=True, kw_only=True)
 class Latents:
-    """What the base made, before decoding, of the probes and of the captions: (P or C, K, 4, h, w)."""
+    """What the base made of the probes, (P, K, 4, h, w), and of the captions, (C, K, 4, h, w), before decoding."""
 
     probes: Tensor
     captions: Tensor | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Views:
+    """What an encoder sees, as vectors of length 1: texts (P, D), or None without a text side; pictures (P, S, D)."""
+
+    kind: str
+    texts: NDArray[np.float64] | None
+    tuned: NDArray[np.float64]
+    base: NDArray[np.float64]
+    base_again: NDArray[np.float64]

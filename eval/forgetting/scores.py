@@ -1,75 +1,40 @@
 """Scores of drift from what both models made: rows per prompt, per set, and the worst prompt.
 
-Letters: P probes, S seeds, n a number of pictures or predictions.
+Shapes: P is the number of probes and S of seeds.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from data_prep.folders.results import Result, Verdict
-from eval.forgetting.colour import FAINT, MEASURES
 from eval.forgetting.divergence import divergence_parts
-from eval.forgetting.leak import LeakNet, is_leaked
+from eval.forgetting.evidence import Evidence, Views
+from eval.forgetting.leak import LeakNet
+from eval.forgetting.picture_scores import Measured, Score
+from eval.forgetting.reported import (
+    DIVERGENCE,
+    DIVERGENCE_RATIO,
+    SCORES,
+    SWEEP_CAPTIONS_MOVED,
+    SWEEP_WORST_PROMPT,
+    WORST_BY,
+    WORST_PROMPT,
+    DriftScore,
+)
 from eval.forgetting.verdicts import GUARD, Limits, Policy, judge_prompt, judge_set, worst
 from eval.stats.distances import Interval
-from eval.stats.intervals import (
-    chance_of_hits,
-    hierarchical,
-    interval_of,
-    noise_band,
-    ratio_of_means,
-    resample,
-    share_interval,
-)
+from eval.stats.intervals import hierarchical, interval_of, ratio_of_means, resample
+from eval.stats.number import Number
 from prompts.probe_lists import Probe
-
-if TYPE_CHECKING:
-    from eval.forgetting.evidence import Evidence
 
 Floats = NDArray[np.float64]
 UNCHANGED = 0.0
-
-
-@dataclass(frozen=True, kw_only=True)
-class Score:
-    """One score over all probes, ready to be cut into sets.
-
-    Attributes:
-        metric: its name.
-        unit: its unit.
-        of: rows (indices of probes) -> mean over them with its interval.
-        floor: (P,) what the base shows against itself.
-        band: rows -> A/A band of a mean over them.
-        counts: (P,) whether the probe counts; the others are grey with ``why_not``.
-        why_not: reason.
-        tier: ``A`` without outside weights, ``B`` with a local encoder.
-    """
-
-    metric: str
-    unit: str
-    of: Callable[[NDArray[np.int64]], Interval]
-    floor: Floats
-    band: Callable[[NDArray[np.int64]], Interval]
-    counts: NDArray[np.bool_]
-    why_not: str
-    tier: str = "A"
-
-
-@dataclass(frozen=True, kw_only=True)
-class Views:
-    """What an encoder sees, as vectors of length 1: texts (P, D), or None without a text side; pictures (P, S, D)."""
-
-    kind: str
-    texts: Floats | None
-    tuned: Floats
-    base: Floats
-    base_again: Floats
 
 
 def score_drift(
@@ -79,6 +44,7 @@ def score_drift(
     why_blind: str,
     policy: Policy = GUARD,
     views: Sequence[Views] = (),
+    scores: Sequence[DriftScore] = SCORES,
 ) -> tuple[list[Result], list[dict[str, float]]]:
     """Return the rows of ``results.jsonl`` and, for each tuned picture in order, its own numbers.
 
@@ -89,29 +55,26 @@ def score_drift(
         why_blind: why there is none.
         policy: what counts as drift.
         views: of the pictures by encoders.
+        scores: what to measure of pictures.
     """
-    if not evidence.tuned.shape[1]:  # a pulse
-        rows = _divergence_rows(probes, evidence, policy)
-        return [*rows, _overall(rows)], []
-    colours = _colours(evidence)
-    scores = [_colour_score(name, *values) for name, values in colours.items()]
-    per_picture = {name: tuned for name, (tuned, _, _) in colours.items()}
-    num_seeds = evidence.base.shape[1]
     rows = _divergence_rows(probes, evidence, policy)
-    if detector is not None:
-        leaks = (_patch_shares(detector, evidence.tuned), _patch_shares(detector, evidence.base))
-        per_picture["leaked_patches"] = leaks[0]
-        scores += [_leak_score(*leaks), _patch_leak_score(*leaks), _retention_score(leaks, colours["colourfulness"])]
-    for view in views:
-        scores.append(_similarity_score(view))
-        if view.texts is not None:
-            scores.append(_follow_score(probes, view, view.texts))
-    for score in scores:
-        rows += _rows(score, probes, num_seeds, policy)
+    num_seeds = evidence.tuned.shape[1]
+    if not num_seeds:  # a pulse
+        return [*rows, _overall(rows)], []
+    seen = {view.kind: view for view in views}
+    measured = Measured(probes=probes, evidence=evidence, detector=detector, views=seen)
+    has = ["", "slices"] if detector is not None else [""]
+    wanted = [one for one in scores if one.needs in has]
+    wanted += [one for kind in seen for one in scores if one.needs == kind]
+    per_picture: dict[str, Floats] = {}
+    for one in wanted:
+        score = one.of(measured)
+        if score is not None:
+            rows += _rows(one.number, score, probes, num_seeds, policy)
+            per_picture |= score.per_picture
     if detector is None:
-        rows += [
-            Result(metric=metric, unit="share", reason=why_blind) for metric in ("leak", "patch_leak", "retention")
-        ]
+        blind = [one.number for one in scores if one.needs == "slices"]
+        rows += [Result(metric=number.name, unit=number.unit, reason=why_blind) for number in blind]
     numbers = [
         {name: round(float(values[p, s]), 4) for name, values in per_picture.items()}
         for p in range(len(probes))
@@ -120,42 +83,44 @@ def score_drift(
     return [*rows, _overall(rows)], numbers
 
 
-def _rows(score: Score, probes: Sequence[Probe], num_seeds: int, policy: Policy) -> list[Result]:
+def _rows(number: Number, score: Score, probes: Sequence[Probe], num_seeds: int, policy: Policy) -> list[Result]:
     """Cut one score into rows: the prompts of a set, then the set, each followed by its A/A band."""
     rows = []
+    blank = Result(metric=number.name, unit=number.unit, tier=number.tier)
     for name, members in _sets(probes).items():
         limits = policy.of(name)
         verdicts: list[Verdict] = []
         for index in members:
             one = np.array([index])
-            row = Result(metric=score.metric, set=name, prompt=probes[index].shown, n=num_seeds, unit=score.unit)
-            row = replace(row, tier=score.tier)
+            row = replace(blank, set=name, prompt=probes[index].shown, n=num_seeds)
             if not score.counts[index]:
                 rows.append(replace(row, reason=score.why_not))
                 continue
             value = score.of(one)
             band = score.band(one)
-            verdict, reason = judge_prompt(score.metric, value, band, limits, num_seeds)
+            verdict, reason = judge_prompt(number, value, band, limits, num_seeds)
             verdicts.append(verdict)
-            rows.append(_with(row, value, num_seeds, float(score.floor[index]), verdict, reason))
+            floor = float(score.floor[index])
+            rows.append(_filled(row, value, n_eff=num_seeds, floor=floor, verdict=verdict, reason=reason))
             rows.append(_band_row(row, band, num_seeds))
         members = members[score.counts[members]]
         count = len(members) * num_seeds
-        row = Result(metric=score.metric, set=name, n=count, unit=score.unit, tier=score.tier)
+        row = replace(blank, set=name, n=count)
         if not count:
             rows.append(replace(row, reason=score.why_not))
             continue
         value, band = score.of(members), score.band(members)
-        verdict, reason = judge_set(score.metric, value, band, limits, num_seeds, verdicts)
-        rows.append(_with(row, value, len(members), float(score.floor[members].mean()), verdict, reason))
+        verdict, reason = judge_set(number, value, band, limits, num_seeds, verdicts)
+        floor = float(score.floor[members].mean())
+        rows.append(_filled(row, value, n_eff=len(members), floor=floor, verdict=verdict, reason=reason))
         rows.append(_band_row(row, band, len(members)))
     return rows
 
 
 def _band_row(row: Result, band: Interval, n_eff: float) -> Result:
     """Return the row of what the base shows against itself where ``row`` compares it with the tuned model."""
-    row = replace(row, metric=f"{row.metric}_aa")
-    return _with(row, band, n_eff, None, "grey", "A/A band: the base against itself, other seeds")
+    row = replace(row, metric=f"{row.metric}_aa", floor=None, verdict="grey", n_eff=n_eff)
+    return _filled(row, band, reason="A/A band: the base against itself, other seeds")
 
 
 def _sets(probes: Sequence[Probe]) -> dict[str, NDArray[np.int64]]:
@@ -164,35 +129,25 @@ def _sets(probes: Sequence[Probe]) -> dict[str, NDArray[np.int64]]:
     return {name: np.array([index for index, probe in enumerate(probes) if probe.set == name]) for name in names}
 
 
-def _with(row: Result, score: Interval, n_eff: float, floor: float | None, verdict: Verdict, reason: str) -> Result:
-    """Fill in what was measured and what it means."""
-    return replace(
-        row,
-        value=score.value,
-        low=score.low,
-        high=score.high,
-        n_eff=n_eff,
-        floor=floor,
-        verdict=verdict,
-        reason=reason,
-    )
+def _filled(row: Result, score: Interval, **known: Any) -> Result:
+    """Fill in a value with its interval, and what else is known of it."""
+    return replace(row, value=score.value, low=score.low, high=score.high, **known)
 
 
 def _overall(rows: Sequence[Result]) -> Result:
     """Return the row of the whole check: the worst verdict of all, and the prompt that fared worst."""
     of_prompts = {
-        metric: [row for row in rows if row.metric == metric and row.prompt and row.value is not None]
-        for metric in ("retention", "clip_retention", "colourfulness_ratio", "divergence")
+        number: [row for row in rows if row.metric == number.name and row.prompt and row.value is not None]
+        for number in WORST_BY
     }
-    if kept := of_prompts["retention"] or of_prompts["clip_retention"] or of_prompts["colourfulness_ratio"]:
-        least = min(kept, key=lambda row: row.value or 0.0)
-    else:
-        least = max(of_prompts["divergence"], key=lambda row: row.value or 0.0)
+    by = next(number for number in WORST_BY if of_prompts[number])
+    most = max if by.bad == "high" else min
+    least = most(of_prompts[by], key=lambda row: row.value or 0.0)
     verdict = worst([row.verdict for row in rows])
     flagged = dict.fromkeys(f"{row.metric} in {row.set}" for row in rows if row.verdict == verdict and row.set)
     return replace(
         least,
-        metric="worst_prompt",
+        metric=WORST_PROMPT.name,
         unit=least.metric,
         verdict=verdict,
         reason="; ".join(flagged) if verdict in {"warn", "stop"} else "",
@@ -214,11 +169,13 @@ def _divergence_rows(probes: Sequence[Probe], evidence: Evidence, policy: Policy
     for name, members in _sets(probes).items():
         for index, prompt in (*((np.array([m]), probes[m].shown) for m in members), (members, "")):
             row = _divergence_row(name, prompt, difference[index], scale[index], per_latent)
-            ratio = Result(metric="divergence_ratio", set=name, prompt=prompt, n=row.n, unit="ratio", reason=why)
+            ratio = Result(metric=DIVERGENCE_RATIO.name, set=name, prompt=prompt, n=row.n, unit=DIVERGENCE_RATIO.unit)
+            ratio = replace(ratio, reason=why)
             if own is not None and not why:
                 resamples = resample(ratio_of_means, difference[index], scale[index]) / np.maximum(own, mean / 100)
                 interval = interval_of((row.value or 0.0) / mean, resamples)
-                ratio = _with(ratio, interval, row.n_eff or 0, UNCHANGED, *_judge_ratio(name, interval.value, policy))
+                verdict, reason = _judge_ratio(name, interval.value, policy)
+                ratio = _filled(ratio, interval, n_eff=row.n_eff or 0, floor=UNCHANGED, verdict=verdict, reason=reason)
             rows += [row, ratio]
     return rows
 
@@ -227,7 +184,7 @@ def _divergence_row(name: str, prompt: str, difference: Floats, scale: Floats, p
     """Return the divergence of some prompts, (P, K) each; exactly 0 where no prediction changed."""
     value = hierarchical(ratio_of_means, difference, scale)
     return Result(
-        metric="divergence",
+        metric=DIVERGENCE.name,
         set=name,
         prompt=prompt,
         value=value.value,
@@ -236,7 +193,7 @@ def _divergence_row(name: str, prompt: str, difference: Floats, scale: Floats, p
         n=difference.size * per_latent,
         n_eff=difference.size if prompt else len(difference),
         floor=UNCHANGED,
-        unit="relative mean square",
+        unit=DIVERGENCE.unit,
         verdict="grey" if value.value else "ok",
         reason="a distance; judged as its ratio to the captions'" if value.value else "",
     )
@@ -252,150 +209,6 @@ def _judge_ratio(name: str, value: float, policy: Policy) -> tuple[Verdict, str]
     return "ok", ""
 
 
-def _colours(evidence: Evidence) -> dict[str, tuple[Floats, Floats, Floats]]:
-    """Return each colour measure of the tuned, the base, and the base with other seeds, (P, S) each."""
-    return {
-        name: (
-            _per_picture(measure, evidence.tuned),
-            _per_picture(measure, evidence.base),
-            _per_picture(measure, evidence.base_again),
-        )
-        for name, measure in MEASURES.items()
-    }
-
-
-def _per_picture(measure: Callable[[NDArray[np.uint8]], Floats], pictures: NDArray[np.uint8]) -> Floats:
-    """Apply a measure of (N, H, W, 3) to (P, S, H, W, 3), giving (P, S)."""
-    return measure(pictures.reshape(-1, *pictures.shape[2:])).reshape(pictures.shape[:2])
-
-
-def _colour_score(name: str, tuned: Floats, base: Floats, again: Floats) -> Score:
-    """Compare a colour measure with the base, picture by picture of the same seed."""
-    counts = (base.mean(axis=1) >= FAINT[name]) & (again.mean(axis=1) >= FAINT[name])
-    floor = np.ones(len(base))
-    floor[counts] = ratio_of_means(again[counts], base[counts])
-    return Score(
-        metric=f"{name}_ratio",
-        unit="ratio",
-        of=lambda rows: hierarchical(ratio_of_means, tuned[rows], base[rows]),
-        floor=floor,
-        band=lambda rows: noise_band(again[counts], base[counts], _places(rows, counts)),
-        counts=counts,
-        why_not=f"the base's own pictures have too little {name} for a ratio",
-    )
-
-
-def _leak_score(tuned: Floats, base: Floats) -> Score:
-    """Return the share of pictures with more than 30 % slice-like patches; the base's own share is its false alarms."""
-    hits, own = is_leaked(tuned), is_leaked(base)
-
-    def band(rows: NDArray[np.int64]) -> Interval:
-        seen = hierarchical(_mean, own[rows])
-        chance = chance_of_hits(int(own.sum()), own.size, own[rows].size)
-        return Interval(value=seen.value, low=seen.low, high=max(seen.high, chance))
-
-    return Score(
-        metric="leak",
-        unit="share",
-        of=lambda rows: share_interval(hits[rows]),
-        floor=own.mean(axis=1),
-        band=band,
-        counts=np.ones(len(hits), dtype=np.bool_),
-        why_not="",
-    )
-
-
-def _patch_leak_score(tuned: Floats, base: Floats) -> Score:
-    """Return the share of slice-like patches."""
-    return Score(
-        metric="patch_leak",
-        unit="share",
-        of=lambda rows: hierarchical(_mean, tuned[rows]),
-        floor=base.mean(axis=1),
-        band=lambda rows: hierarchical(_mean, base[rows]),
-        counts=np.ones(len(tuned), dtype=np.bool_),
-        why_not="",
-    )
-
-
-def _retention_score(leaks: tuple[Floats, Floats], colours: tuple[Floats, Floats, Floats]) -> Score:
-    """Return (1 - patch leak) x min(1, colour ratio), on prompts whose base pictures do not look like slices.
-
-    Args:
-        leaks: share of slice-like patches of the tuned and the base, (P, S).
-        colours: colourfulness of the tuned, the base, and the base with other seeds, (P, S).
-
-    Prompts without colour to lose (grey textures) are judged by the leak alone.
-    """
-    (leak, base_leak), (tuned, base, again) = leaks, colours
-    has_colour = (base.mean(axis=1) >= FAINT["colourfulness"]) & (again.mean(axis=1) >= FAINT["colourfulness"])
-    tuned, base, again = (np.where(has_colour[:, None], values, 1.0) for values in (tuned, base, again))
-    counts = ~is_leaked(base_leak.mean(axis=1)).astype(np.bool_)
-
-    def retained(leak: Floats, above: Floats, below: Floats) -> Floats:
-        return (1 - leak.mean(axis=-1)) * np.minimum(1, ratio_of_means(above, below))
-
-    def band(rows: NDArray[np.int64]) -> Interval:
-        own = hierarchical(retained, base_leak[rows], again[rows], base[rows])
-        coloured = rows[has_colour[rows]]
-        noise = 1.0
-        if len(coloured):
-            noise = noise_band(again[has_colour], base[has_colour], _places(coloured, has_colour)).low
-        patches = float(1 - base_leak[rows].mean())
-        return Interval(value=own.value, low=min(own.low, patches * noise), high=1.0)
-
-    return Score(
-        metric="retention",
-        unit="share",
-        of=lambda rows: hierarchical(retained, leak[rows], tuned[rows], base[rows]),
-        floor=retained(base_leak, again, base),
-        band=band,
-        counts=counts,
-        why_not="the base's own pictures look like slices here",
-    )
-
-
-def _follow_score(probes: Sequence[Probe], view: Views, texts: Floats) -> Score:
-    """Return how much of the base's agreement of picture and prompt is left, by an encoder with a text side.
-
-    Cosines less what the base's pictures of other prompts reach: 1 as good as the base, 0 like a random picture.
-    """
-    tuned, base, again = (np.einsum("psd,pd->ps", seen, texts) for seen in (view.tuned, view.base, view.base_again))
-    of_others = np.einsum("qsd,pd->pq", view.base, texts) / view.base.shape[1]
-    np.fill_diagonal(of_others, np.nan)
-    mismatch = np.nanmean(of_others, axis=1, keepdims=True) if len(probes) > 1 else np.zeros((1, 1))
-    above, below, other = tuned - mismatch, base - mismatch, again - mismatch
-    error = below.std(axis=1, ddof=1) / np.sqrt(below.shape[1]) if below.shape[1] > 1 else np.zeros(len(below))
-    counts = (below.mean(axis=1) > 2 * error) & (other.mean(axis=1) > 0) & np.array([bool(p.prompt) for p in probes])
-    floor = np.ones(len(probes))
-    floor[counts] = ratio_of_means(other[counts], below[counts])
-    return Score(
-        metric=f"{view.kind}_retention",
-        unit="share",
-        of=lambda rows: hierarchical(ratio_of_means, above[rows], below[rows]),
-        floor=floor,
-        band=lambda rows: noise_band(other[counts], below[counts], _places(rows, counts)),
-        counts=counts,
-        why_not=f"the base's own pictures do not follow this prompt clearly, by {view.kind}",
-        tier="B",
-    )
-
-
-def _similarity_score(view: Views) -> Score:
-    """Return how alike pictures of one seed stay: an early warning, since recomposing a picture lowers it too."""
-    same, other = (np.einsum("psd,psd->ps", view.base, seen) for seen in (view.tuned, view.base_again))
-    return Score(
-        metric=f"{view.kind}_similarity",
-        unit="cosine",
-        of=lambda rows: hierarchical(_mean, same[rows]),
-        floor=other.mean(axis=1),
-        band=lambda rows: hierarchical(_mean, other[rows]),
-        counts=np.ones(len(same), dtype=np.bool_),
-        why_not="",
-        tier="B",
-    )
-
-
 def sweep_rows(rows: Sequence[Result], weaker: Evidence, whole: Evidence, strength: float) -> list[Result]:
     """Return what adapters at a share of their strength forget, and how much of the change for the captions they keep.
 
@@ -406,8 +219,8 @@ def sweep_rows(rows: Sequence[Result], weaker: Evidence, whole: Evidence, streng
         strength: the share.
     """
     name = f"strength {strength:g}"
-    worst_of_all = next(row for row in rows if row.metric == "worst_prompt")
-    found = [replace(worst_of_all, metric="sweep_worst_prompt", set=name)]
+    worst_of_all = next(row for row in rows if row.metric == WORST_PROMPT.name)
+    found = [replace(worst_of_all, metric=SWEEP_WORST_PROMPT.name, set=name)]
     parts = [
         divergence_parts(one.tuned_caption_predictions, one.base_caption_predictions)
         for one in (weaker, whole)
@@ -418,21 +231,6 @@ def sweep_rows(rows: Sequence[Result], weaker: Evidence, whole: Evidence, streng
         reason = (
             "how far the predictions for the captions moved, over full strength; eval.fidelity says what it is worth"
         )
-        row = Result(metric="sweep_captions_moved", set=name, value=moved / full, unit="share", reason=reason)
-        found.append(replace(row, n=parts[0][0].size, floor=UNCHANGED))
+        row = Result(metric=SWEEP_CAPTIONS_MOVED.name, set=name, value=moved / full, unit=SWEEP_CAPTIONS_MOVED.unit)
+        found.append(replace(row, n=parts[0][0].size, floor=UNCHANGED, reason=reason))
     return found
-
-
-def _patch_shares(detector: LeakNet, pictures: NDArray[np.uint8]) -> Floats:
-    """Return the share of slice-like patches, (P, S, H, W, 3) -> (P, S)."""
-    return _per_picture(detector.patch_shares, pictures)
-
-
-def _places(rows: NDArray[np.int64], counts: NDArray[np.bool_]) -> NDArray[np.int64]:
-    """Return where rows stand among those that count."""
-    return np.asarray(np.cumsum(counts)[rows] - 1)
-
-
-def _mean(values: Floats) -> Floats:
-    """Mean over seeds."""
-    return np.asarray(values.mean(axis=-1))

@@ -15,6 +15,7 @@ import yaml
 from configs.errors import UsageError
 from data_prep.folders.results import Verdict
 from eval.stats.distances import Interval
+from eval.stats.number import Number
 
 MIN_PICTURES = 4
 """Fewer pictures than this cannot be judged."""
@@ -43,6 +44,16 @@ class Limits:
     colour_warn: float | None = None
     colour_stop: float | None = None
     stop_share: float = 0.0
+
+    def of(self, name: str, *, of_prompt: bool = False) -> tuple[float | None, float | None]:
+        """Return the warn and the stop limit under a name, such as ``leak``; None each where there is none.
+
+        Args:
+            name: what a number declares as its limits.
+            of_prompt: the stop limit of one prompt, where a set has another.
+        """
+        stop = getattr(self, f"{name}_stop", None)
+        return getattr(self, f"{name}_warn", None), getattr(self, f"{name}_stop_prompt", stop) if of_prompt else stop
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -139,54 +150,53 @@ GUARD = read_policy("guard")
 LIMITS, FAR = GUARD.sets, GUARD.other
 
 
-def judge_prompt(metric: str, score: Interval, band: Interval, limits: Limits, pictures: int) -> tuple[Verdict, str]:
+def judge_prompt(number: Number, score: Interval, band: Interval, limits: Limits, pictures: int) -> tuple[Verdict, str]:
     """Judge one prompt by its value.
 
     Args:
-        metric: ``leak``, ``retention``, or a colour ratio (``luminance_ratio`` is bad on both sides).
+        number: what was measured.
         score: value and 95 % interval.
         band: A/A band of a single prompt.
         limits: of the prompt's set.
         pictures: per prompt.
     """
-    warn, stop = _pair(metric, limits)
-    stop = limits.retention_stop_prompt if metric.endswith("retention") else stop
+    warn, stop = limits.of(number.limits, of_prompt=True)
     if grey := _grey(warn, stop, pictures):
         return "grey", grey
-    value = _badness(metric, score)[0]
-    outside = value > _badness(metric, band)[2]
+    value = _badness(number, score)[0]
+    outside = value > _badness(number, band)[2]
     # At the stop limit itself, half of the pictures leaked: that counts.
-    if stop is not None and outside and value >= _bad(metric, stop):
+    if stop is not None and outside and value >= _bad(number, stop):
         return "stop", f"beyond {stop:g}"
-    if warn is not None and outside and value > _bad(metric, warn):
+    if warn is not None and outside and value > _bad(number, warn):
         return "warn", f"beyond {warn:g}"
     return "ok", ""
 
 
 def judge_set(
-    metric: str, score: Interval, band: Interval, limits: Limits, pictures: int, prompts: Sequence[Verdict]
+    number: Number, score: Interval, band: Interval, limits: Limits, pictures: int, prompts: Sequence[Verdict]
 ) -> tuple[Verdict, str]:
     """Judge a set by its mean and by its prompts.
 
     Args:
-        metric: as for ``judge_prompt``.
+        number: what was measured.
         score: mean over the prompts, with its interval.
         band: A/A band of a mean over so many prompts.
         limits: of the set.
         pictures: per prompt; more prompts do not make up for pictures.
         prompts: verdicts of the single prompts.
     """
-    warn, stop = _pair(metric, limits)
+    warn, stop = limits.of(number.limits)
     if grey := _grey(warn, stop, pictures):
         return "grey", grey
     stopped, flagged = (sum(verdict in kinds for verdict in prompts) for kinds in ({"stop"}, {"warn", "stop"}))
     if stopped and stopped >= limits.stop_share * len(prompts):
         return "stop", f"{stopped} of {len(prompts)} prompts beyond the stop limit"
-    value, best, _ = _badness(metric, score)
-    outside = value > _badness(metric, band)[2]
-    if metric != "leak" and stop is not None and outside and best > _bad(metric, stop):
+    value, best, _ = _badness(number, score)
+    outside = value > _badness(number, band)[2]
+    if number.bad != "high" and stop is not None and outside and best > _bad(number, stop):
         return "stop", f"whole interval beyond {stop:g}"
-    if warn is not None and outside and value > _bad(metric, warn):
+    if warn is not None and outside and value > _bad(number, warn):
         return "warn", f"beyond {warn:g}"
     return ("warn", f"{flagged} of {len(prompts)} prompts flagged") if flagged else ("ok", "")
 
@@ -204,22 +214,11 @@ def _grey(warn: float | None, stop: float | None, pictures: int) -> str:
     return f"{pictures} pictures; {MIN_PICTURES} are needed to judge" if pictures < MIN_PICTURES else ""
 
 
-def _pair(metric: str, limits: Limits) -> tuple[float | None, float | None]:
-    """Return the warn and the stop limit of a score."""
-    if metric == "leak":
-        return limits.leak_warn, limits.leak_stop
-    if metric.endswith("retention"):  # by patches and colour, or by CLIP
-        return limits.retention_warn, limits.retention_stop
-    if metric.endswith("_ratio"):
-        return limits.colour_warn, limits.colour_stop
-    return None, None
-
-
-def _badness(metric: str, score: Interval) -> tuple[float, float, float]:
+def _badness(number: Number, score: Interval) -> tuple[float, float, float]:
     """Return value, best and worst end of the interval, all turned so that 0 is ideal and larger is worse."""
-    if metric == "leak":
+    if number.bad == "high":
         return score.value, score.low, score.high
-    if metric == "luminance_ratio":
+    if number.bad == "both":
         ends = sorted(_folded(end) for end in (score.low, score.high))
         return _folded(score.value), 0.0 if score.low <= 1 <= score.high else ends[0], ends[1]
     return 1 - score.value, 1 - score.high, 1 - score.low
@@ -230,6 +229,6 @@ def _folded(ratio: float) -> float:
     return 1 - (min(ratio, 1 / ratio) if ratio > 0 else 0.0)
 
 
-def _bad(metric: str, limit: float) -> float:
+def _bad(number: Number, limit: float) -> float:
     """Turn a limit the way ``_badness`` turns scores."""
-    return limit if metric == "leak" else 1 - limit
+    return limit if number.bad == "high" else 1 - limit

@@ -9,8 +9,9 @@ from typing import Any
 
 import numpy as np
 
+from eval.forgetting.reported import FOLLOWED
 from eval.forgetting.verdicts import GUARD
-from eval.page.inputs import Run, data_uri, part
+from eval.page.inputs import ReportedRun, data_uri, part
 
 SETS = {
     "G0": "anchors",
@@ -21,8 +22,6 @@ SETS = {
     "G5": "mixed with captions",
 }
 """What each probe set is for."""
-KEPT = ("retention", "colourfulness_ratio")
-"""What is drawn of a set's checks: the first that was measured."""
 INK, LINE, BAND, STOP, KEEP = "#33363b", "#1f4e79", "#dfe6ee", "#982b25", "#2c6a48"
 STYLE = {
     "svg.fonttype": "none",
@@ -36,7 +35,7 @@ STYLE = {
 }
 
 
-def loss_curve(run: Run | None) -> dict[str, str] | None:
+def loss_curve(run: ReportedRun | None) -> dict[str, str] | None:
     """Return the loss curve as an SVG address with a sentence for those who cannot see it."""
     points = [
         (record["step"], record["loss"])
@@ -65,7 +64,7 @@ def loss_curve(run: Run | None) -> dict[str, str] | None:
     return {"uri": _svg((7.2, 2.9), draw), "text": text}
 
 
-def drift_curves(run: Run | None) -> list[dict[str, str]]:
+def drift_curves(run: ReportedRun | None) -> list[dict[str, str]]:
     """Return a curve for each probe set of a run's checks, and one for its pulses, each with a sentence.
 
     Steps where the run was stopped and where its weights were chosen are marked; the band is what the base shows
@@ -80,15 +79,14 @@ def drift_curves(run: Run | None) -> list[dict[str, str]]:
         str(row["set"]) for record in checks for row in _rows(record) if row.get("set") not in {None, "control"}
     )
     for name in names:
-        metric = next((one for one in KEPT if len(_series(checks, name, one)) > 1), "")
-        points = _series(checks, name, metric)
-        if len(points) < 2:
+        number = next((one for one in FOLLOWED if len(_series(checks, name, one.name)) > 1), None)
+        if number is None:
             continue
-        kept = "kept" if metric == "retention" else "colour"
+        points, kept = _series(checks, name, number.name), number.card
         about = f"{name}: {SETS[name]}" if name in SETS else name
         text = f"{about}. {kept.capitalize()} from {points[0][1]:.2f} at step {points[0][0]} to {points[-1][1]:.2f} "
         text += f"at step {points[-1][0]}."
-        draw = _draw_set(points, _series(checks, name, f"{metric}_aa"), kept, marks)
+        draw = _draw_set(points, _series(checks, name, f"{number.name}_aa"), kept, marks)
         curves.append({"uri": _svg((4.0, 2.5), draw), "text": text})
     pulses = [
         (int(record["step"]), float(record["ratio"]))
@@ -101,7 +99,7 @@ def drift_curves(run: Run | None) -> list[dict[str, str]]:
     return curves
 
 
-def marked_steps(run: Run) -> dict[str, int]:
+def marked_steps(run: ReportedRun) -> dict[str, int]:
     """Return the steps that ``selection.json`` names, by what they are called on the page."""
     found = {}
     if run.selection.get("ended") and isinstance(run.selection.get("last_step"), int):
@@ -201,7 +199,7 @@ def _svg(size: tuple[float, float], draw: Callable[[Any], None]) -> str:
     return data_uri("image/svg+xml", buffer.getvalue().replace(b"'DejaVu Sans'", b"system-ui, 'Segoe UI', Arial"))
 
 
-def selection_line(run: Run | None) -> dict[str, str] | None:
+def selection_line(run: ReportedRun | None) -> dict[str, str] | None:
     """Return which weights a watched run kept, why, and what it cost; None without ``selection.json``."""
     if run is None or not run.selection:
         return None

@@ -9,7 +9,7 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-from eval.page.inputs import Folder, Pictures, Run, shown_name
+from eval.page.inputs import Pictures, ReportedRun, ResultsFolder, shown_name
 
 MOST_FRAMES = 8
 MOST_ROWS = 10
@@ -19,7 +19,7 @@ SHEET_PX = 900
 FEWEST_FRAMES = 3
 
 
-def films(run: Run | None, folders: Sequence[Folder], pictures: Pictures) -> list[dict[str, Any]]:
+def films(run: ReportedRun | None, folders: Sequence[ResultsFolder], pictures: Pictures) -> list[dict[str, Any]]:
     """Return the filmstrips: previews of the run, each check with several strengths, and the checks one after another.
 
     Each has ``title``, ``frames`` (names) and ``rows`` (label and an address a frame, empty where there is none).
@@ -31,7 +31,7 @@ def films(run: Run | None, folders: Sequence[Folder], pictures: Pictures) -> lis
     return [film for film in found if film is not None]
 
 
-def _previews(run: Run | None, pictures: Pictures) -> dict[str, Any] | None:
+def _previews(run: ReportedRun | None, pictures: Pictures) -> dict[str, Any] | None:
     """Return the preview sheets of a run, a frame each."""
     folder = run.path / "previews" if run else None
     if folder is None or not folder.is_dir():
@@ -49,7 +49,7 @@ def _previews(run: Run | None, pictures: Pictures) -> dict[str, Any] | None:
     return _film("Previews during training", names, [{"label": "preview sheet", "images": images}])
 
 
-def _strengths(folder: Folder, pictures: Pictures) -> dict[str, Any] | None:
+def _strengths(folder: ResultsFolder, pictures: Pictures) -> dict[str, Any] | None:
     """Return one check's pictures from the base through weaker adapters to the whole."""
     models = list(dict.fromkeys(str(record.get("model")) for record in folder.records))
     models = [name for name in models if name in {"base", "tuned"} or re.fullmatch(r"strength-[\d.]+", name)]
@@ -63,7 +63,7 @@ def _strengths(folder: Folder, pictures: Pictures) -> dict[str, Any] | None:
     return _film(f"From the base to the whole adapter, {folder.path.name}", names, rows)
 
 
-def _checks(checks: Sequence[Folder], pictures: Pictures) -> dict[str, Any] | None:
+def _checks(checks: Sequence[ResultsFolder], pictures: Pictures) -> dict[str, Any] | None:
     """Return the tuned pictures of several checks of the same probes, after those of the base."""
     if len(checks) + 1 < FEWEST_FRAMES:
         return None
@@ -78,7 +78,7 @@ def _checks(checks: Sequence[Folder], pictures: Pictures) -> dict[str, Any] | No
     return _film("From the base through the checks", ["base", *map(shown_name, chosen)], rows)
 
 
-def _asked(folder: Folder) -> list[tuple[str, tuple[str, int]]]:
+def _asked(folder: ResultsFolder) -> list[tuple[str, tuple[str, int]]]:
     """Return label and key (prompt, seed) of the first picture of each prompt."""
     first: dict[str, tuple[str, int]] = {}
     for record in folder.records:
@@ -88,7 +88,7 @@ def _asked(folder: Folder) -> list[tuple[str, tuple[str, int]]]:
     return [(f"{label}, seed {key[1]}", key) for label, key in first.items()][:MOST_ROWS]
 
 
-def _picture(folder: Folder, model: str, key: tuple[str, int], pictures: Pictures) -> str:
+def _picture(folder: ResultsFolder, model: str, key: tuple[str, int], pictures: Pictures) -> str:
     """Return the picture of a model for a prompt and seed, empty if there is none."""
     for record in folder.records:
         if (record.get("model"), record.get("prompt"), record.get("seed")) == (model, *key):

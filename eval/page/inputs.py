@@ -31,7 +31,7 @@ LONGEST_SIDE = 1600
 
 
 @dataclass(frozen=True, kw_only=True)
-class Folder:
+class ResultsFolder:
     """One results folder.
 
     Attributes:
@@ -50,7 +50,7 @@ class Folder:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Run:
+class ReportedRun:
     """A training run: its settings, its curve, what was looked at while it learned, and its surroundings."""
 
     path: Path
@@ -94,7 +94,7 @@ def data_uri(kind: str, content: bytes) -> str:
     return f"data:{kind};base64,{base64.b64encode(content).decode('ascii')}"
 
 
-def read_run(path: Path) -> Run:
+def read_run(path: Path) -> ReportedRun:
     """Read a run folder.
 
     Raises:
@@ -106,7 +106,7 @@ def read_run(path: Path) -> Run:
     if not (path / "config.yaml").is_file():
         raise InputError(f"--run {path}: no config.yaml; give the output folder of a training run")
     metrics, drift = path / "metrics.jsonl", path / "drift.jsonl"
-    return Run(
+    return ReportedRun(
         path=path,
         settings=_read_settings(path),
         metrics=tuple(record for _, record in read_records(metrics)) if metrics.is_file() else (),
@@ -117,7 +117,7 @@ def read_run(path: Path) -> Run:
     )
 
 
-def read_folder(path: Path) -> Folder:
+def read_folder(path: Path) -> ResultsFolder:
     """Read a results folder of any evaluation.
 
     Raises:
@@ -133,7 +133,7 @@ def read_folder(path: Path) -> Folder:
         )
     rows = tuple(read_results(results)) if results.is_file() else ()
     named = re.match(r"python -m (eval\.\w+)", rows[0].command) if rows else None
-    return Folder(
+    return ResultsFolder(
         path=path,
         module=named.group(1) if named else "eval.generate" if not rows else "",
         rows=rows,
@@ -142,13 +142,13 @@ def read_folder(path: Path) -> Folder:
     )
 
 
-def shown_name(folder: Folder) -> str:
+def shown_name(folder: ResultsFolder) -> str:
     """Return what a check is called among several: its folder, or the one above if that is named after the command."""
     name = folder.path.name
     return folder.path.parent.name if name == folder.module.removeprefix("eval.") else name
 
 
-def find_dataset(run: Run | None, folders: Sequence[Folder]) -> tuple[Path, dict[str, Any]] | None:
+def find_dataset(run: ReportedRun | None, folders: Sequence[ResultsFolder]) -> tuple[Path, dict[str, Any]] | None:
     """Return the dataset folder that the run or a check names, with its manifest, if it is still there."""
     named: list[object] = [*training_folders(run.settings)] if run else []
     named += [folder.settings.get("real") for folder in folders]
@@ -182,6 +182,11 @@ def part(content: Mapping[str, Any], name: str) -> dict[str, Any]:
     """Return the object under a name, empty if there is none."""
     found = content.get(name)
     return found if isinstance(found, dict) else {}
+
+
+def is_numbers(value: object) -> bool:
+    """Return whether this is a list of numbers."""
+    return isinstance(value, list) and bool(value) and all(isinstance(item, int | float) for item in value)
 
 
 def _read_settings(folder: Path) -> dict[str, Any]:

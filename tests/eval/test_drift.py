@@ -22,6 +22,7 @@ from eval.forgetting.evidence import Evidence
 from eval.forgetting.leak import LeakNet, train_leak_net
 from eval.forgetting.scores import score_drift
 from eval.forgetting.verdicts import FAR, GUARD, LIMITS, Limits, judge_prompt, judge_set, read_policy
+from eval.page.words import NUMBERS
 from eval.stats.distances import Interval
 from eval.stats.intervals import chance_of_hits, hierarchical, noise_band, ratio_of_means, share_interval
 from finetune.diffusion.config import SamplingConfig
@@ -252,24 +253,28 @@ def test_a_prompt_far_from_the_domain_is_judged_by_the_limits(
     metric: str, value: float, pictures: int, verdict: str
 ) -> None:
     band = Interval(value=0.0, low=0.0, high=0.0) if "leak" in metric else IDEAL
-    assert judge_prompt(metric, Interval(value=value, low=value, high=value), band, FAR, pictures)[0] == verdict
+    assert (
+        judge_prompt(NUMBERS[metric], Interval(value=value, low=value, high=value), band, FAR, pictures)[0] == verdict
+    )
 
 
 def test_a_score_inside_the_noise_of_the_base_is_not_flagged() -> None:
     band = Interval(value=1.0, low=0.5, high=2.0)
     score = Interval(value=0.55, low=0.5, high=0.6)
-    assert judge_prompt("colourfulness_ratio", score, band, FAR, 8)[0] == "ok"
+    assert judge_prompt(NUMBERS["colourfulness_ratio"], score, band, FAR, 8)[0] == "ok"
 
 
 def test_neighbours_of_the_domain_never_stop_a_run() -> None:
     lost = Interval(value=0.0, low=0.0, high=0.0)
-    assert judge_set("retention", lost, IDEAL, LIMITS["G2"], 8, ["ok"])[0] == "warn"
+    assert judge_set(NUMBERS["retention"], lost, IDEAL, LIMITS["G2"], 8, ["ok"])[0] == "warn"
 
 
 def test_one_lost_prompt_stops_the_anchors_and_half_of_them_the_shared_tokens() -> None:
     kept = Interval(value=0.1, low=0.0, high=0.2)
     band = Interval(value=0.0, low=0.0, high=0.3)
-    verdicts = [judge_set("leak", kept, band, LIMITS[name], 8, ["ok", "stop", "ok"])[0] for name in ("G0", "G1")]
+    verdicts = [
+        judge_set(NUMBERS["leak"], kept, band, LIMITS[name], 8, ["ok", "stop", "ok"])[0] for name in ("G0", "G1")
+    ]
     assert verdicts == ["stop", "warn"]
 
 

@@ -13,7 +13,8 @@ from torch import nn
 
 from configs.errors import UsageError
 from eval.copying.encoder_matches import matcher
-from eval.forgetting.scores import Views, score_drift
+from eval.forgetting.evidence import Views
+from eval.forgetting.scores import score_drift
 from eval.tiles.config import check_encoders
 from eval.tiles.encoders import GEM_POWER, OF_IMAGENET, SSCD_PX, load_encoder, unit
 from prompts.probe_lists import Probe
