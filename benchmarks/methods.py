@@ -519,7 +519,7 @@ def _sheet(pictures: dict[str, list[Path]]) -> Any:
     import numpy as np
     from PIL import Image
 
-    from eval.page.contact_sheet import contact_sheet
+    from eval.tiles.contact_sheet import contact_sheet
 
     images = [np.asarray(Image.open(path).convert("RGB")) for paths in pictures.values() for path in paths]
     return contact_sheet(images, len(pictures), COLUMNS, list(pictures))

@@ -53,7 +53,7 @@ def main(config: TinySdConfig) -> None:
     import torch
 
     from data_prep.worlds.shapes import picture
-    from eval.page.contact_sheet import contact_sheet
+    from eval.tiles.contact_sheet import contact_sheet
     from finetune.diffusion.config import SamplingConfig
     from finetune.diffusion.hashes import model_hash
     from finetune.diffusion.models import load_models

@@ -394,7 +394,7 @@ def _save_pictures(
     """Write all pictures, their records, and the sheet with base and tuned side by side."""
     from PIL import Image
 
-    from eval.page.contact_sheet import contact_sheet
+    from eval.tiles.contact_sheet import contact_sheet
 
     seeds = range(config.seed, config.seed + config.num_images)
     records = []

@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from eval.generation.request import PictureRequest, batches
 from eval.generation.tiff16 import write_slice
-from eval.page.contact_sheet import contact_sheet
+from eval.tiles.contact_sheet import contact_sheet
 from finetune.diffusion.config import SamplingConfig
 from finetune.diffusion.sampling import require_light, sample
 from finetune.diffusion.shares import Team

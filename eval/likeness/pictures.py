@@ -133,7 +133,7 @@ def _draw_table(axes: object, seen: Seen, head: Head, naming: Naming) -> None:
 
 def _save_samples(folder: Path, drawn: TileSets, round_trip: Grey | None, naming: Naming) -> list[dict[str, object]]:
     """Write a strip per caption and kind, and all of them as one sheet; return caption and files of each."""
-    from eval.page.contact_sheet import contact_sheet
+    from eval.tiles.contact_sheet import contact_sheet
 
     (folder / "samples").mkdir()
     tile = drawn.held_out.pixels.shape[1]

@@ -225,7 +225,7 @@ def test_each_caption_is_generated_in_the_shape_it_was_trained_in(toy_sd: Path, 
     (images / "metadata.jsonl").write_text("".join(rows))
     more = ["--buckets", "--max_train_steps", "1", "--validation_prompt", "high", "--num_validation_images", "1"]
     run_recipe("lora", [*words_of("lora", toy_sd, images, tmp_path), *more])
-    from eval.page.contact_sheet import contact_sheet
+    from eval.tiles.contact_sheet import contact_sheet
 
     sheet = contact_sheet([np.zeros((24, 40, 3), np.uint8)], 1, 1, labels=["high"])
     with Image.open(tmp_path / "run" / "previews" / "step-000001.png") as preview:

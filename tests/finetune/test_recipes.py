@@ -107,7 +107,7 @@ def test_bfloat16_trains(train: Train) -> None:
 
 
 def test_pictures_are_sampled_as_the_prediction_type_trained(train: Train, toy_sd: Path) -> None:
-    from eval.page.contact_sheet import contact_sheet
+    from eval.tiles.contact_sheet import contact_sheet
     from finetune.diffusion.adapters import set_adapter_scale
     from finetune.diffusion.config import SamplingConfig
     from finetune.diffusion.sampling import sample

@@ -53,7 +53,7 @@ class Previews:
         prompts, count = self.config.prompts, self.config.num_validation_images
         if not (self.run.is_main and prompts and is_due) or self.run.train.dry_run:
             return False
-        from eval.page.contact_sheet import contact_sheet
+        from eval.tiles.contact_sheet import contact_sheet
         from finetune.diffusion.sampling import sample_latents
         from finetune.diffusion.vae import decode
 

@@ -12,7 +12,7 @@ import torch
 from diffusers import DPMSolverMultistepScheduler, StableDiffusionPipeline
 
 from configs.errors import TisserandError
-from eval.page.contact_sheet import contact_sheet
+from eval.tiles.contact_sheet import contact_sheet
 from finetune.diffusion.config import Sampler, SamplingConfig
 from finetune.diffusion.models import Models, load_models
 from finetune.diffusion.sampling import make_scheduler, require_light, sample
