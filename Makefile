@@ -11,7 +11,7 @@ WORKERS ?= 2
 PYTEST := HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(PY) -m pytest
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo methods test format slow browser lock tiny-sd clean
+.PHONY: help setup demo methods test format slow browser docs lock tiny-sd clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 16
@@ -48,8 +48,12 @@ slow: setup ## the tests that take minutes
 browser: setup ## look at the report in a headless browser
 	$(PYTEST) -m browser
 
+docs: setup ## the pages of docs/ as a site: site/index.html; a broken link fails
+	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict --quiet
+	@echo "site/index.html; with search: $(PY) -m http.server --directory site"
+
 lock: setup ## move every dependency but torch to its newest version and write requirements.lock
-	$(PY) -m pip install --upgrade --upgrade-strategy eager --editable '.[dev]' "$$(grep ^torch== requirements.lock)"
+	$(PY) -m pip install --upgrade --upgrade-strategy eager --editable '.[dev,docs]' "$$(grep ^torch== requirements.lock)"
 	{ grep '^#' requirements.lock; $(PY) -m pip list --format=freeze | grep -Ev '^(pip|tisserand)==' \
 		| sed 's/+cpu$$//'; } > requirements.lock.new
 	mv requirements.lock.new requirements.lock
@@ -61,4 +65,4 @@ tiny-sd: setup ## draw the small world and train the embedded base model again: 
 	$(PY) finetune/pretrain.py --config configs/pretrain_tiny_final.yaml
 
 clean: ## remove caches and outputs, not .venv
-	rm -rf .mypy_cache .ruff_cache .pytest_cache build demo *.egg-info
+	rm -rf .mypy_cache .ruff_cache .pytest_cache build demo site *.egg-info
