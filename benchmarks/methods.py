@@ -5,7 +5,7 @@
 Trains each method on the embedded model, generates from its prompts, reads the pictures with one classifier of real
 slices, and asks probes what was forgotten. Full fine-tuning goes on in legs, so that it can be compared with LoRA where
 both agree equally well with their prompts; DreamBooth is trained without a prior, with class images and with the base
-model's own predictions. Writes methods.json and methods.png, and prints the table of the README.
+model's own predictions. Writes methods.json and methods.png, and prints the table of docs/fine_tune.md.
 """
 
 from __future__ import annotations
@@ -475,7 +475,7 @@ def findings(rows: Sequence[Row]) -> list[str]:
 
 
 def table(rows: Sequence[Row]) -> list[str]:
-    """Write the table of the README."""
+    """Write the table of docs/fine_tune.md."""
 
     def cell(value: float | None, form: str) -> str:
         return "" if value is None else f"{value:{form}}"

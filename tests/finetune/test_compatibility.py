@@ -1,4 +1,4 @@
-"""The README's table of diffusers' flags is true: which recipe takes a flag, its default, and that it does something.
+"""The table in docs/from_diffusers.md is true: which recipe takes a flag, its default, and that it does something.
 
 Flags and defaults are those of the five scripts at commit 58eb52c of huggingface/diffusers (0.40.0.dev0, August 2026).
 """
@@ -61,8 +61,8 @@ class Row:
 
 
 def read_table() -> list[Row]:
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    text = re.search(r"<!-- compatibility -->\n(.*?)<!-- /compatibility -->", readme, re.DOTALL)
+    page = (ROOT / "docs" / "from_diffusers.md").read_text(encoding="utf-8")
+    text = re.search(r"<!-- compatibility -->\n(.*?)<!-- /compatibility -->", page, re.DOTALL)
     assert text is not None
     head, _, *lines = [[cell.strip() for cell in line.strip("|").split("|")] for line in text[1].strip().splitlines()]
     assert head == ["flag", *(f"`{name}`" for name in RECIPES), "here"]
