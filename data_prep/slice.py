@@ -33,7 +33,7 @@ from data_prep.slicing.drops import drops_of, total
 from data_prep.slicing.plan import Plan, make_plans
 from data_prep.slicing.planes import num_workers
 from data_prep.slicing.spread import Cluster, cut_here, cut_in_processes
-from prompts.vocabulary import DEFAULT, Vocabulary, read_vocabulary
+from prompts.vocabulary import DEFAULT, OF_A_DATASET, Vocabulary, read_vocabulary
 
 # Where things lie and how fast they are made is no property of the data.
 _LOCAL_OPTIONS = {
@@ -180,7 +180,7 @@ def _write_papers(
     save(config, folder / "config.yaml")
     if words != DEFAULT:
         # For --vocabulary of the checks, which have to know the same words.
-        (folder / "vocabulary.yaml").write_text(yaml.safe_dump(_plain(words), sort_keys=False), encoding="utf-8")
+        (folder / OF_A_DATASET).write_text(yaml.safe_dump(_plain(words), sort_keys=False), encoding="utf-8")
 
 
 def _plain(words: Vocabulary) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from configs.errors import InputError
 from data_prep.folders.manifest import read_manifest, read_rows
 from data_prep.folders.window import Window, window_from
 from prompts.captions import parse_caption
-from prompts.vocabulary import DEFAULT, Vocabulary
+from prompts.vocabulary import vocabulary_of
 
 LARGEST_COUNT = 65535
 
@@ -37,7 +37,7 @@ class Scale:
     um_per_px: tuple[float, float] | None
 
 
-def scales_of(dataset: Path, prompts: Sequence[str], vocabulary: Vocabulary = DEFAULT) -> dict[str, Scale]:
+def scales_of(dataset: Path, prompts: Sequence[str]) -> dict[str, Scale]:
     """Return the scale of each prompt, from the volume of its state.
 
     Raises:
@@ -46,6 +46,7 @@ def scales_of(dataset: Path, prompts: Sequence[str], vocabulary: Vocabulary = DE
     """
     volumes: Any = read_manifest(dataset)["volumes"]
     rows = read_rows(dataset / "train")
+    vocabulary = vocabulary_of(dataset)
     scales = {}
     for prompt in prompts:
         asked = parse_caption(prompt, vocabulary)

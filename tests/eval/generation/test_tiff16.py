@@ -86,6 +86,14 @@ def test_a_prompt_has_the_window_of_its_state_and_the_pixels_of_its_direction(tm
     assert scales == {"sf_dry sf_warp": Scale(window=Window(**WINDOW), um_per_px=(80.0, 40.0))}
 
 
+def test_prompts_are_read_in_the_words_of_the_dataset(tmp_path: Path) -> None:
+    folder = write_dataset(tmp_path / "foam", WINDOW)
+    (folder / "vocabulary.yaml").write_text("prefix: fm_\nstates: {dry: [fresh]}\n", encoding="utf-8")
+    assert list(scales_of(folder, ["fm_fresh fm_warp"])) == ["fm_fresh fm_warp"]
+    with pytest.raises(InputError, match="'sf_dry sf_warp' is no caption of it"):
+        scales_of(folder, ["sf_dry sf_warp"])
+
+
 @pytest.mark.parametrize(
     ("windows", "dtype", "prompt", "message"),
     [
