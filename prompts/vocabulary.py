@@ -94,7 +94,7 @@ OF_A_DATASET = "vocabulary.yaml"
 """File of a dataset folder with the words of its captions, if they are not the built-in ones."""
 
 
-def vocabulary_of(dataset: Path) -> Vocabulary:
+def words_of(dataset: Path) -> Vocabulary:
     """Return the words of a dataset folder that ``data_prep.slice`` wrote; the built-in ones if it names none."""
     path = dataset / OF_A_DATASET
     return read_vocabulary(path) if path.is_file() else DEFAULT

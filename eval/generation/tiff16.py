@@ -19,7 +19,7 @@ from configs.errors import InputError
 from data_prep.folders.manifest import read_manifest, read_rows
 from data_prep.folders.window import Window, window_from
 from prompts.captions import parse_caption
-from prompts.vocabulary import vocabulary_of
+from prompts.vocabulary import words_of
 
 LARGEST_COUNT = 65535
 
@@ -46,7 +46,7 @@ def scales_of(dataset: Path, prompts: Sequence[str]) -> dict[str, Scale]:
     """
     volumes: Any = read_manifest(dataset)["volumes"]
     rows = read_rows(dataset / "train")
-    vocabulary = vocabulary_of(dataset)
+    vocabulary = words_of(dataset)
     scales = {}
     for prompt in prompts:
         asked = parse_caption(prompt, vocabulary)
