@@ -8,7 +8,7 @@ from pathlib import Path
 
 from data_prep.folders.provenance import dataset_of
 from prompts.captions import parse_caption
-from prompts.vocabulary import DEFAULT
+from prompts.vocabulary import OF_A_DATASET, words_of
 
 
 def next_command(
@@ -27,9 +27,11 @@ def next_command(
     named = ["--pretrained_model_name_or_path", model]
     put_on = [word for adapter in adapters for word in ("--adapter", str(adapter))]
     beside = output_dir.parent
-    if dataset is not None and any(parse_caption(prompt, DEFAULT) for prompt in prompts):
-        folders = ["--real", str(dataset), "--generated", str(output_dir), "--output_dir", str(beside / "fidelity")]
-        return f"python -m eval.fidelity {shlex.join(folders)}"
+    if dataset is not None and any(parse_caption(prompt, words_of(dataset)) for prompt in prompts):
+        own = dataset / OF_A_DATASET
+        folders = ["--real", str(dataset), "--generated", str(output_dir)]
+        folders += ["--vocabulary", str(own)] if own.is_file() else []
+        return f"python -m eval.fidelity {shlex.join([*folders, '--output_dir', str(beside / 'fidelity')])}"
     if adapters or came_from:
         words = [*named, *(("--base", came_from) if came_from else ()), *put_on]
         return f"python -m eval.drift {shlex.join([*words, '--output_dir', str(beside / 'drift')])}"
