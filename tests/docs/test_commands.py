@@ -20,7 +20,17 @@ from configs.reference import commands
 OTHERS = {"cd", "cp", "export", "find", "git", "hf", "ls", "mkdir", "sha256sum", "source", "tensorboard"}
 """Programs of others that a page may start."""
 OTHER_MODULES = {"http.server", "pip", "venv"}
-OTHER_FLAGS = {"help", "include", "exclude", "local-dir", "requirement", "dest", "index-url", "extra-index-url", "logdir"}
+OTHER_FLAGS = {
+    "help",
+    "include",
+    "exclude",
+    "local-dir",
+    "requirement",
+    "dest",
+    "index-url",
+    "extra-index-url",
+    "logdir",
+}
 
 
 def ours(name: str, words: list[str], is_whole: bool) -> str | None:
