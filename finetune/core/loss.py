@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 
+from finetune.core.settings.training import ObjectiveConfig
 from finetune.diffusion.noise import NoiseSchedule, add_noise
 from finetune.diffusion.objective import min_snr_weight, target
 
@@ -16,6 +18,11 @@ if TYPE_CHECKING:
 
 Loss = Callable[[nn.Module, "Batch"], Tensor]
 """``loss(denoiser, batch) -> (B,)``, one value per image, not yet weighted by ``batch.weights``."""
+
+
+def loss_of(config: ObjectiveConfig, schedule: NoiseSchedule) -> Loss:
+    """Return the loss that a run minimises, with the weights its settings ask for."""
+    return partial(denoising_loss, schedule=schedule, snr_gamma=config.snr_gamma)
 
 
 def noisy_latents(schedule: NoiseSchedule, batch: Batch) -> Tensor:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Callable, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Protocol
 
@@ -20,7 +19,7 @@ from finetune.core.loop.fused_backward import check_fused_backward
 from finetune.core.loop.loop import train
 from finetune.core.loop.micro_batch import fit_micro_batch
 from finetune.core.loop.sharding import gather
-from finetune.core.loss import denoising_loss
+from finetune.core.loss import loss_of
 from finetune.core.open import Recipe
 from finetune.core.run import Batches, HeldOut, Opened, Run
 from finetune.core.settings.training import ObjectiveConfig
@@ -110,7 +109,7 @@ def train_and_save(
     run, models = opened.run, opened.models
     if config.train.gradient_checkpointing:
         checkpoint_gradients(models)
-    loss = partial(denoising_loss, schedule=opened.schedule, snr_gamma=config.objective.snr_gamma)
+    loss = loss_of(config.objective, opened.schedule)
     check_fused_backward(run, batches)
     watch = watch_losses(
         config.watch,

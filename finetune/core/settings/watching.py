@@ -7,6 +7,10 @@ from pathlib import Path
 from typing import Literal
 
 from configs.checks import need_positive, refuse
+from finetune.diffusion.config import Sampler
+
+PREVIEW_SAMPLERS: dict[str, Sampler] = {"DPMSolverMultistepScheduler": "dpmsolver++", "DDPMScheduler": "ddpm"}
+"""Samplers of previews, named as diffusers' scripts name them, and what `eval.generate` calls them."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,6 +86,11 @@ class PreviewConfig:
             validation_epochs=self.validation_epochs,
             validation_steps=self.validation_steps,
         )
+
+    @property
+    def sampler(self) -> Sampler:
+        """The sampler under the name it has elsewhere."""
+        return PREVIEW_SAMPLERS[self.validation_scheduler]
 
     @property
     def prompts(self) -> tuple[str, ...]:

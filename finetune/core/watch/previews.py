@@ -11,13 +11,12 @@ from finetune.core.learns.averages import Averages
 from finetune.core.pictures.pictures import Shape
 from finetune.core.run import Run
 from finetune.core.settings.watching import PreviewConfig
-from finetune.diffusion.config import Sampler, SamplingConfig
+from finetune.diffusion.config import SamplingConfig
 from finetune.diffusion.models import Models
 
 if TYPE_CHECKING:
     from PIL import Image
 
-_SAMPLERS: dict[str, Sampler] = {"DPMSolverMultistepScheduler": "dpmsolver++", "DDPMScheduler": "ddpm"}
 _EVERY_STEPS = 100
 
 
@@ -60,9 +59,7 @@ class Previews:
         starts = self._starts() * len(prompts)
         count = len(self.config.validation_images) or count
         requests = [(prompt, seed) for prompt in prompts for seed in range(count)]
-        settings = SamplingConfig(
-            scheduler=_SAMPLERS[self.config.validation_scheduler], height=self.shape[0], width=self.shape[1]
-        )
+        settings = SamplingConfig(scheduler=self.config.sampler, height=self.shape[0], width=self.shape[1])
         averaged = self.averages.in_place() if self.averages else nullcontext()
         with averaged, self.run.accelerator.autocast():
             latents = sample_latents(self.models, requests, settings, begin_with=starts)

@@ -32,8 +32,8 @@ from torch.utils.flop_counter import FlopCounterMode
 import finetune.core.data.batches
 import finetune.core.learns.trainable
 import finetune.core.loop.loop
+import finetune.core.loss
 import finetune.core.open
-import finetune.core.recipe
 from configs.load import load
 from data_prep.folders.run_folder import EMBEDDINGS_FILE, LORA_FILE
 from finetune.core.learns.trainable import Group, Learns, all_weights, checkpoint_gradients, lora_adapters
@@ -432,7 +432,7 @@ def encode_a_picture(patch: pytest.MonkeyPatch, spent: Spent) -> None:
             spent.models.vae.encode(torch.zeros(1, 3, 32, 32))
         return denoising_loss(denoiser, batch, **options)
 
-    patch.setattr(finetune.core.recipe, "denoising_loss", loss)
+    patch.setattr(finetune.core.loss, "denoising_loss", loss)
 
 
 def read_the_loss(patch: pytest.MonkeyPatch, spent: Spent) -> None:
@@ -441,7 +441,7 @@ def read_the_loss(patch: pytest.MonkeyPatch, spent: Spent) -> None:
         assert losses.mean().item() > 0
         return losses
 
-    patch.setattr(finetune.core.recipe, "denoising_loss", loss)
+    patch.setattr(finetune.core.loss, "denoising_loss", loss)
 
 
 def list_the_losses(patch: pytest.MonkeyPatch, spent: Spent) -> None:
@@ -450,7 +450,7 @@ def list_the_losses(patch: pytest.MonkeyPatch, spent: Spent) -> None:
         assert losses.tolist()
         return losses
 
-    patch.setattr(finetune.core.recipe, "denoising_loss", loss)
+    patch.setattr(finetune.core.loss, "denoising_loss", loss)
 
 
 def predict_twice(patch: pytest.MonkeyPatch, spent: Spent) -> None:
@@ -458,7 +458,7 @@ def predict_twice(patch: pytest.MonkeyPatch, spent: Spent) -> None:
         denoising_loss(denoiser, batch, **options)
         return denoising_loss(denoiser, batch, **options)
 
-    patch.setattr(finetune.core.recipe, "denoising_loss", loss)
+    patch.setattr(finetune.core.loss, "denoising_loss", loss)
 
 
 def train_one_more_tensor(patch: pytest.MonkeyPatch, spent: Spent) -> None:
