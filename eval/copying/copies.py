@@ -13,9 +13,9 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import fft, ndimage
 
-from eval.stats.distances import Floats, Ints, block_bootstrap
+from eval.stats.arrays import Floats, Grey, Ints
+from eval.stats.distances import block_bootstrap
 
-Grey = NDArray[np.uint8]
 Small = NDArray[np.float32]
 
 SYMMETRIES = 8

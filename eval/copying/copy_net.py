@@ -15,10 +15,7 @@ from torch.nn import functional
 from tqdm import tqdm
 
 from eval.copying.copies import SYMMETRIES, Matches, turned
-
-Grey = NDArray[np.uint8]
-Floats = NDArray[np.float64]
-Ints = NDArray[np.int64]
+from eval.stats.arrays import Grey
 
 SIDE_PX = 32
 """Tiles are reduced to about this."""

@@ -7,9 +7,8 @@ from collections.abc import Callable
 import numpy as np
 
 from eval.copying.copies import Matches
-from eval.stats.distances import Floats
+from eval.stats.arrays import Floats, Grey
 from eval.tiles.encoders import Encoder, unit
-from eval.tiles.features import Grey
 
 
 def matcher(encoder: Encoder, centre: Floats) -> Callable[[Grey, Grey], Matches]:

@@ -10,9 +10,9 @@ import numpy as np
 from eval.copying.models import TunedAndBase
 from eval.copying.rows import LossGap
 from eval.copying.tile_sets import few_cuts
-from eval.stats.distances import Floats
+from eval.stats.arrays import Floats
 from eval.tiles.config import SMALLEST_TILE, SlicesConfig
-from eval.tiles.features import Cut, cover, draw_cuts, read_grey
+from eval.tiles.features import TileCut, cover, draw_cuts, read_grey
 from eval.tiles.sets import RealSlices, split_cuts
 from finetune.diffusion.fixed_noise import denoising_losses
 from finetune.diffusion.models import Models
@@ -71,7 +71,7 @@ def loss_gap(
 
 def _draw_slices(
     slices: SlicesConfig, real: RealSlices, vocabulary: Vocabulary, train_data_dir: Path | None, count: int
-) -> tuple[list[Cut], list[Cut]]:
+) -> tuple[list[TileCut], list[TileCut]]:
     """Return the first tile of trained and of held-out slices, drawn by seed; it stands for its slice."""
     smallest = real.shortest_side
     learned = (
@@ -81,7 +81,7 @@ def _draw_slices(
     )
     labels = {cut.label for cut in learned}
 
-    def drawn(cuts: Sequence[Cut]) -> list[Cut]:
+    def drawn(cuts: Sequence[TileCut]) -> list[TileCut]:
         # A picture counts once, however many tiles it has.
         whole = list({cut.path: cut for cut in cuts if cut.label in labels}.values())
         return list({cut.path: cut for cut in draw_cuts(whole, max(1, count // len(labels)), slices.seed)}.values())

@@ -7,21 +7,22 @@ alarms on held-out tiles that did not set its threshold stand beside every resul
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from scipy.stats import binomtest, mannwhitneyu
 
+from data_prep.folders.checks import verify
+from data_prep.folders.manifest import MANIFEST_NAME, read_manifest
 from data_prep.folders.results import Result, Verdict
 from eval.copying.copies import Matches, Threshold, calibrate
 from eval.copying.reported import DETECTORS
-from eval.stats.distances import Floats, Interval, Ints, Sample, auc_interval, block_bootstrap, one_a_block
+from eval.stats.arrays import Floats, Ints
+from eval.stats.distances import Interval, Sample, auc_interval, block_bootstrap, one_a_block
+from eval.tiles.features import Tiles
 from eval.tiles.sets import CORRELATION_LENGTHS
-
-if TYPE_CHECKING:
-    from eval.tiles.features import Tiles
 
 LEAST_RECALL = 0.9
 """Planted copies a detector must find."""
@@ -31,6 +32,7 @@ MOST_AUC = (0.65, 0.60)
 """How well the loss tells trained slices from held-out ones: the value, and the lower end of its interval."""
 FEW_TRAINED = 50
 """With fewer training slices copies are what to expect."""
+FOUND = "planted training tiles, through the VAE, noisy and shifted, that are found"
 FEWEST_GENERATED = 32
 FEWEST_HELD_OUT = 32
 FEWEST_LOSSES = (8, 16)
@@ -125,8 +127,6 @@ class Searched:
 
 def split_audit(dataset: Path) -> Result:
     """Check that no training slice shares a voxel with a held-out one or is there twice, and how thick the guard is."""
-    from data_prep.folders.checks import verify
-
     problems = verify(dataset, decode=False).problems
     row = Result(metric="split_audit", set="control", value=float(len(problems)), n=1, unit="problems", verdict="ok")
     if not problems:
@@ -139,8 +139,6 @@ def split_audit(dataset: Path) -> Result:
 
 def _thin_guard(dataset: Path) -> str:
     """Say which guard slab is too thin for what lies behind it to be independent of what was trained on, or nothing."""
-    from data_prep.folders.manifest import MANIFEST_NAME, read_manifest
-
     volumes: Any = read_manifest(dataset).get("volumes") if (dataset / MANIFEST_NAME).is_file() else []
     for volume in volumes if isinstance(volumes, list) else []:
         split = (volume.get("split") or {}) if isinstance(volume, dict) else {}
@@ -231,16 +229,21 @@ def _detector_rows(detector: Detector, searched: Searched, *, draws: int, seed: 
     why_blind = f"detector blind: it finds {recall.value:.0%} of the planted copies, {LEAST_RECALL:.0%} are needed"
     base = Result(metric="", set="control", unit="share", tier="B" if name == "sscd" else "A")
     rows = [
-        _with(
-            replace(base, metric=f"{name}_recall", n=len(found)),
-            recall,
-            why_blind if is_blind else "planted training tiles, through the VAE, noisy and shifted, that are found",
-            "warn" if is_blind else "ok",
+        replace(
+            base,
+            metric=f"{name}_recall",
+            n=len(found),
+            **asdict(recall),
+            verdict="warn" if is_blind else "ok",
+            reason=why_blind if is_blind else FOUND,
         ),
-        _with(
-            replace(base, metric=f"{name}_false_alarm", n=len(alarms), n_eff=_num_blocks(tested)),
-            false,
-            "reference: held-out tiles, which cannot be copies, that are flagged",
+        replace(
+            base,
+            metric=f"{name}_false_alarm",
+            n=len(alarms),
+            n_eff=_num_blocks(tested),
+            **asdict(false),
+            reason="reference: held-out tiles, which cannot be copies, that are flagged",
         ),
     ]
     share = block_bootstrap(
@@ -259,11 +262,13 @@ def _detector_rows(detector: Detector, searched: Searched, *, draws: int, seed: 
     if is_blind or grey:
         verdict, reason = "grey", why_blind if is_blind else grey
     row = replace(base, metric=f"{name}_copies", set="generated", n=len(flagged), n_eff=_num_blocks(detector.generated))
-    rows.append(_with(replace(row, floor=false.value), share, reason, verdict))
+    rows.append(replace(row, floor=false.value, **asdict(share), verdict=verdict, reason=reason))
     for cell in np.unique(detector.generated.cells):
         own = flagged[detector.generated.cells == cell]
         single = replace(row, prompt=searched.captions[cell], n=len(own), n_eff=None)
-        rows.append(_with(single, _share(own), why_blind if is_blind else "shown per caption, not judged"))
+        rows.append(
+            replace(single, **asdict(_share(own)), reason=why_blind if is_blind else "shown per caption, not judged")
+        )
     return [*rows, _closer_row(detector, tested, grey or (why_blind if is_blind else ""))], is_blind
 
 
@@ -334,7 +339,7 @@ def _loss_rows(gap: LossGap | None, no_model: str, *, draws: int, seed: int) -> 
     row = replace(row, n=count, n_eff=independent)
     text = "reference: fall of the loss on trained slices, less that on held-out ones, against the base"
     return [
-        _with(row, auc, reason, verdict),
+        replace(row, **asdict(auc), verdict=verdict, reason=reason),
         replace(row, metric="loss_gap", unit="loss", value=difference, floor=0.0, reason=text),
     ]
 
@@ -386,8 +391,3 @@ def _share(hits: Floats) -> Interval:
 def _wider(first: Interval, second: Interval) -> Interval:
     """Return the wider of two intervals around one value."""
     return Interval(value=first.value, low=min(first.low, second.low), high=max(first.high, second.high))
-
-
-def _with(row: Result, interval: Interval, reason: str, verdict: Verdict = "grey") -> Result:
-    """Fill in a value with its interval and what it means."""
-    return replace(row, value=interval.value, low=interval.low, high=interval.high, verdict=verdict, reason=reason)

@@ -13,10 +13,10 @@ from eval.copying.copy_net import net_matches, train_copy_net
 from eval.copying.encoder_matches import matcher
 from eval.copying.rows import Agreement, Detector, Searched, Side
 from eval.copying.tile_sets import SearchTiles
-from eval.stats.distances import Floats, Ints
+from eval.stats.arrays import Floats, Grey, Ints
 from eval.tiles.config import SlicesConfig
 from eval.tiles.encoders import Encoder, unit
-from eval.tiles.features import Grey, Tiles, vae_round_trip
+from eval.tiles.features import Tiles, vae_round_trip
 from finetune.diffusion.models import Models
 from prompts.captions import caption
 from prompts.vocabulary import Vocabulary

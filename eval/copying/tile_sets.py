@@ -11,7 +11,7 @@ from PIL import Image
 from configs.errors import InputError
 from data_prep.folders.manifest import METADATA_NAME, is_inside, read_records
 from eval.tiles.config import SlicesConfig
-from eval.tiles.features import Cut, Tiles, draw_cuts, read_tiles, tile_corners
+from eval.tiles.features import TileCut, Tiles, draw_cuts, read_tiles, tile_corners
 from eval.tiles.sets import Generated, RealSlices, choose_tile, generated_cuts, split_cuts
 from prompts.captions import parse_caption
 from prompts.vocabulary import Vocabulary
@@ -63,7 +63,7 @@ def draw_search_tiles(
     reference = read_tiles(draw_cuts(learned, most.reference, slices.seed), tile)
     labels = {cut.label for cut in reference.cuts}
 
-    def drawn(cuts: Sequence[Cut], count: int, *, keep_flat: bool) -> Tiles:
+    def drawn(cuts: Sequence[TileCut], count: int, *, keep_flat: bool) -> Tiles:
         kept = [cut for cut in cuts if cut.label in labels]
         return read_tiles(draw_cuts(kept, count, slices.seed), tile, keep_flat=keep_flat)
 
@@ -74,7 +74,7 @@ def draw_search_tiles(
     return SearchTiles(reference=reference, held_out=held_out, generated=made)
 
 
-def few_cuts(folder: Path, vocabulary: Vocabulary, tile: int) -> list[Cut]:
+def few_cuts(folder: Path, vocabulary: Vocabulary, tile: int) -> list[TileCut]:
     """Return the tiles of a folder of few training slices, whose captions are those of the dataset.
 
     Raises:
@@ -94,7 +94,7 @@ def few_cuts(folder: Path, vocabulary: Vocabulary, tile: int) -> list[Cut]:
             width, height = picture.size
         if min(width, height) >= tile:
             cuts += [
-                Cut(path=folder / name, row=row, column=column, label=label, block=f"{name} {row} {column}")
+                TileCut(path=folder / name, row=row, column=column, label=label, block=f"{name} {row} {column}")
                 for row, column in tile_corners(height, width, tile)
             ]
     if not cuts:

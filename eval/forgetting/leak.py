@@ -20,7 +20,8 @@ from torch import Tensor, nn
 
 from configs.errors import InputError
 from data_prep.folders.manifest import is_inside, read_records
-from eval.tiles.features import Grey, cover, read_grey, to_grey
+from eval.stats.arrays import Grey
+from eval.tiles.features import cover, read_grey, to_grey
 from finetune.diffusion.models import Models
 from finetune.diffusion.vae import decode, slice_latents
 

@@ -23,7 +23,7 @@ from eval.forgetting.evidence import MAX_FALSE_ALARM, MIN_RECALL, Evidence
 from eval.forgetting.leak import LeakNet, is_leaked, round_trip, train_leak_net
 from eval.forgetting.scores import score_drift
 from eval.forgetting.verdicts import MIN_PICTURES, Policy
-from eval.tiles.features import Grey
+from eval.stats.arrays import Grey
 from finetune.diffusion.config import SamplingConfig
 from finetune.diffusion.fixed_noise import predictions
 from finetune.diffusion.models import Models

@@ -16,7 +16,7 @@ from eval.likeness.encoder_rows import check_torch_fidelity, encoder_rows
 from eval.likeness.own_classifier import rows_by_own_loss
 from eval.likeness.pictures import save_overlays, save_pictures
 from eval.likeness.round_trips import RoundTrips, round_trips
-from eval.likeness.rows import HEADS, Naming, Sets, fidelity_rows, why_not_believed
+from eval.likeness.rows import HEADS, ClassifiedSets, Naming, fidelity_rows, why_not_believed
 from eval.likeness.swaps import swap_rows
 from eval.likeness.tile_sets import TileSets, draw_tile_sets, leak_unchecked, remarks
 from eval.tiles.config import SlicesConfig
@@ -46,7 +46,7 @@ class Measured:
     """The tiles after the VAE, as the classifier reads them, and as descriptors."""
 
     through_vae: RoundTrips
-    classified: Sets
+    classified: ClassifiedSets
     described: DescribedSets
 
 

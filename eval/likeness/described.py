@@ -11,8 +11,9 @@ from eval.likeness.descriptors import as_vectors, describe, phase_threshold
 from eval.likeness.round_trips import RoundTrips
 from eval.likeness.rows import Naming
 from eval.likeness.tile_sets import TileSets, block_numbers, class_numbers
-from eval.stats.distances import Floats, Ints, Sample, one_a_block
-from eval.tiles.features import Grey, Tiles
+from eval.stats.arrays import Floats, Grey, Ints
+from eval.stats.distances import Sample, one_a_block
+from eval.tiles.features import Tiles
 
 MOST_FOR_THRESHOLD = 200
 """Tiles of a state whose pixels are enough to find the threshold between its phases."""

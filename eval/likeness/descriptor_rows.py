@@ -8,7 +8,7 @@ VAE round trip, and for the nearest other state of the material.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from itertools import combinations
 
 import numpy as np
@@ -17,8 +17,8 @@ from data_prep.folders.results import Result, Verdict
 from eval.likeness.described import Described, DescribedSets
 from eval.likeness.descriptors import DESCRIPTORS, Descriptor, as_vectors
 from eval.likeness.rows import Naming
+from eval.stats.arrays import Floats
 from eval.stats.distances import (
-    Floats,
     Interval,
     Sample,
     auc_interval,
@@ -107,10 +107,12 @@ def _ratio_rows(sets: DescribedSets, naming: Naming, grey: str, *, draws: int, s
         value = _interval(ratios["generated"])
         verdict, reason = _judge(value, vae, None if other is None else other / floor[0])
         text = f"{far['generated'][0].mean():.3g} {descriptor.unit} from held-out slices, real ones {floor[0]:.3g}"
-        rows.append(_with(base, value, verdict="grey" if grey else verdict, reason=f"{grey or reason}; {text}"))
+        rows.append(
+            replace(base, **asdict(value), verdict="grey" if grey else verdict, reason=f"{grey or reason}; {text}")
+        )
         if vae is not None:
             text = "reference: real slices after the VAE round trip, over real to real"
-            rows.append(_with(replace(base, set="descriptor_vae"), vae, reason=text))
+            rows.append(replace(base, set="descriptor_vae", **asdict(vae), reason=text))
         if other is not None:
             text = "reference: the nearest two states among held-out slices, over real to real"
             nearest = replace(base, set="descriptor_nearest_states", value=float(other / floor[0]), reason=text)
@@ -120,7 +122,7 @@ def _ratio_rows(sets: DescribedSets, naming: Naming, grey: str, *, draws: int, s
                 own = _interval(_recentred(far["generated"][:, place]) / _recentred(far["aside"][:, place]))
                 count = int((sets.held_out.cells == cell).sum())
                 row = replace(base, prompt=naming.caption(int(cell)), n=count, n_eff=None)
-                rows.append(_with(row, own, reason=grey or "shown per caption, not judged"))
+                rows.append(replace(row, **asdict(own), reason=grey or "shown per caption, not judged"))
     return [_median_row(medians, sets, grey), *rows]
 
 
@@ -139,7 +141,7 @@ def _median_row(medians: Mapping[str, Sequence[Floats]], sets: DescribedSets, gr
         return replace(row, reason=grey or "real slices do not differ by any descriptor")
     verdict, reason = _judge(lines["generated"], lines.get("vae"), None)
     reason = grey or f"{reason} (median of {len(medians['generated'])} descriptors)"
-    return _with(row, lines["generated"], verdict="grey" if grey else verdict, reason=reason)
+    return replace(row, **asdict(lines["generated"]), verdict="grey" if grey else verdict, reason=reason)
 
 
 def _judge(value: Interval, vae: Interval | None, other_state: float | None) -> tuple[Verdict, str]:
@@ -169,7 +171,7 @@ def _set_rows(sets: DescribedSets, grey: str, *, draws: int, seed: int) -> list[
     if auc["generated"].low > stop:
         reason = f"told apart almost always; real against real {auc['aside'].value:.2f}"
     row = replace(base, metric="two_sample_auc", unit="share", floor=auc["aside"].value)
-    rows = [_with(row, auc["generated"], verdict="grey" if grey else verdict, reason=grey or reason)]
+    rows = [replace(row, **asdict(auc["generated"]), verdict="grey" if grey else verdict, reason=grey or reason)]
 
     rows.append(mmd_row(base, held_out, aside, generated, grey, draws=draws, seed=seed))
     return rows + density_rows(base, held_out, aside, generated, grey)
@@ -183,7 +185,7 @@ def mmd_row(
     far, floor = (blocked_kid(side, held_out, kernel=kernel, draws=draws, seed=seed) for side in (generated, aside))
     row = replace(base, metric="mmd", unit="squared MMD", floor=floor.value)
     reason = grey or "Gaussian kernel on all features; sees a loss of diversity; shown, not judged"
-    return _with(row, far, reason=reason)
+    return replace(row, **asdict(far), reason=reason)
 
 
 def density_rows(base: Result, held_out: Sample, aside: Sample, generated: Sample, grey: str) -> list[Result]:
@@ -254,8 +256,3 @@ def _interval(values: Floats) -> Interval:
     """Return the first value with the 2.5 and 97.5 % quantiles of the others."""
     low, high = np.quantile(values[1:], (0.025, 0.975))
     return Interval(value=float(values[0]), low=float(min(low, values[0])), high=float(max(high, values[0])))
-
-
-def _with(row: Result, interval: Interval, *, reason: str, verdict: Verdict = "grey") -> Result:
-    """Fill in a value with its interval and what it means."""
-    return replace(row, value=interval.value, low=interval.low, high=interval.high, verdict=verdict, reason=reason)

@@ -11,12 +11,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
 from scipy import fft, ndimage
 
-Floats = NDArray[np.float64]
-Grey = NDArray[np.uint8]
-Mask = NDArray[np.bool_]
+from eval.stats.arrays import Floats, Grey, Mask
 
 GREY_BINS = 64
 RINGS = 32

@@ -16,15 +16,14 @@ import numpy as np
 from configs.errors import UsageError
 from data_prep.folders.results import Result
 from eval.likeness.descriptor_rows import density_rows, mmd_row
-from eval.likeness.rows import Naming, Sets, as_sample, distance_rows, equal_numbers, pick
-from eval.stats.distances import Floats
+from eval.likeness.rows import ClassifiedSets, Naming, as_sample, distance_rows, equal_numbers, pick
+from eval.stats.arrays import Floats, Grey
 from eval.tiles.encoders import Encoder
-from eval.tiles.features import Grey
 
 
 def encoder_rows(
     encoder: Encoder,
-    sets: Sets,
+    sets: ClassifiedSets,
     pixels: Mapping[str, Grey],
     naming: Naming,
     *,
@@ -43,11 +42,11 @@ def encoder_rows(
         draws: resamples behind each interval.
         seed: of the resampling.
     """
-    seen = {
+    classified = {
         name: replace(getattr(sets, name), features=np.asarray(encoder.images(tiles), dtype=np.float64))
         for name, tiles in pixels.items()
     }
-    own = replace(sets, **seen)
+    own = replace(sets, **classified)
     grey = sets.leak_unchecked
     rows = distance_rows(own, naming, grey, draws, seed)
     number = equal_numbers([own.aside, own.held_out, own.generated_tiles])

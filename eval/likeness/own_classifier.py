@@ -7,7 +7,7 @@ yet good enough for a classifier. Source: Li et al. 2023, Your diffusion model i
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import numpy as np
 from tqdm import tqdm
@@ -15,9 +15,10 @@ from tqdm import tqdm
 from data_prep.folders.results import Result, Verdict
 from eval.likeness.rows import HEADS, Head, Naming
 from eval.likeness.tile_sets import block_numbers, class_numbers, leak_unchecked
-from eval.stats.distances import Floats, Ints, accuracy_interval
+from eval.stats.arrays import Floats, Grey, Ints
+from eval.stats.distances import accuracy_interval
 from eval.tiles.config import SlicesConfig
-from eval.tiles.features import Grey, cover, draw_cuts, read_grey
+from eval.tiles.features import cover, draw_cuts, read_grey
 from eval.tiles.sets import Generated, RealSlices, split_cuts
 from finetune.diffusion.fixed_noise import denoising_losses
 from finetune.diffusion.models import Models
@@ -121,8 +122,6 @@ def own_classifier_rows(
             floor=chance,
             unit="share",
         )
-        filled = replace(
-            row, value=interval.value, low=interval.low, high=interval.high, verdict=verdict, reason=reason
-        )
+        filled = replace(row, **asdict(interval), verdict=verdict, reason=reason)
         rows.append(filled)
     return rows

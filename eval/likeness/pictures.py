@@ -3,34 +3,32 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 from PIL import Image
 
 from eval.likeness.described import Described, DescribedSets
 from eval.likeness.descriptors import ANGLES, GREY_BINS
-from eval.likeness.rows import HEADS, Head, Naming, Seen, Sets, table_of
+from eval.likeness.rows import HEADS, Classified, ClassifiedSets, Head, Naming, table_of
+from eval.likeness.tile_sets import TileSets
+from eval.tiles.contact_sheet import contact_sheet
+from eval.stats.arrays import Floats, Grey
+from eval.tiles.features import Tiles
 from prompts.captions import caption
-
-if TYPE_CHECKING:
-    from eval.likeness.tile_sets import TileSets
-    from eval.stats.distances import Floats
-    from eval.tiles.features import Grey, Tiles
 
 SAMPLES_PER_CAPTION = 4
 KINDS = ("real", "vae", "generated")
 
 
 def save_pictures(
-    folder: Path, drawn: TileSets, sets: Sets, round_trip: Grey | None, naming: Naming
+    folder: Path, drawn: TileSets, sets: ClassifiedSets, round_trip: Grey | None, naming: Naming
 ) -> dict[str, object]:
     """Write confusion.png, samples.png and the strips in samples/; return what they show, for overview.json."""
     confusion: dict[str, dict[str, object]] = {}
     for head in HEADS:
         confusion[head] = {"names": list(naming.of(head))}
-        for name, seen in (("held_out", sets.held_out), ("generated", sets.generated)):
-            confusion[head][name] = table_of(seen, head, naming).astype(int).tolist()
+        for name, classified in (("held_out", sets.held_out), ("generated", sets.generated)):
+            confusion[head][name] = table_of(classified, head, naming).astype(int).tolist()
     _save_confusion(folder / "confusion.png", sets, naming)
     captions = _save_samples(folder, drawn, round_trip, naming)
     return {"tile_px": drawn.held_out.pixels.shape[1], "captions": captions, "confusion": confusion}
@@ -99,7 +97,7 @@ def _curves(values: Floats) -> Floats:
     return np.asarray(values if values.ndim == 2 else values.mean(axis=1))
 
 
-def _save_confusion(path: Path, sets: Sets, naming: Naming) -> None:
+def _save_confusion(path: Path, sets: ClassifiedSets, naming: Naming) -> None:
     """Draw the tables of both heads, held-out real slices above generated ones."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -108,9 +106,9 @@ def _save_confusion(path: Path, sets: Sets, naming: Naming) -> None:
     FigureCanvasAgg(figure)
     grid = figure.subplots(2, 2)
     titles = {"state": "State", "axis": "Axis"}
-    for row, (name, seen) in enumerate((("held-out real", sets.held_out), ("generated", sets.generated))):
+    for row, (name, classified) in enumerate((("held-out real", sets.held_out), ("generated", sets.generated))):
         for column, head in enumerate(HEADS):
-            _draw_table(grid[row, column], seen, head, naming)
+            _draw_table(grid[row, column], classified, head, naming)
             grid[row, column].set_title(f"{titles[head]}, {name}", fontsize=11, loc="left")
             asked = "is" if row == 0 else "asked for"
             grid[row, column].set_ylabel(asked)
@@ -118,9 +116,9 @@ def _save_confusion(path: Path, sets: Sets, naming: Naming) -> None:
     figure.savefig(path, dpi=120, metadata={"Software": None})
 
 
-def _draw_table(axes: object, seen: Seen, head: Head, naming: Naming) -> None:
+def _draw_table(axes: object, classified: Classified, head: Head, naming: Naming) -> None:
     """Draw one table as shares of its rows, with the counts written in."""
-    table = table_of(seen, head, naming)
+    table = table_of(classified, head, naming)
     shares = table / np.maximum(table.sum(axis=1, keepdims=True), 1)
     names = [name.replace("_", "\n") for name in naming.of(head)]
     axes.imshow(shares, cmap="Blues", vmin=0, vmax=1.15)  # type: ignore[attr-defined]
@@ -133,8 +131,6 @@ def _draw_table(axes: object, seen: Seen, head: Head, naming: Naming) -> None:
 
 def _save_samples(folder: Path, drawn: TileSets, round_trip: Grey | None, naming: Naming) -> list[dict[str, object]]:
     """Write a strip per caption and kind, and all of them as one sheet; return caption and files of each."""
-    from eval.tiles.contact_sheet import contact_sheet
-
     (folder / "samples").mkdir()
     tile = drawn.held_out.pixels.shape[1]
     sources: dict[str, tuple[Tiles, Grey] | None] = {

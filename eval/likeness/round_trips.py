@@ -6,8 +6,9 @@ from dataclasses import dataclass
 
 from configs.errors import UsageError
 from eval.likeness.tile_sets import TileSets
+from eval.stats.arrays import Grey
 from eval.tiles.config import SlicesConfig
-from eval.tiles.features import Grey, vae_round_trip
+from eval.tiles.features import vae_round_trip
 from eval.tiles.sets import Generated
 from finetune.diffusion.hashes import model_hash
 from finetune.diffusion.models import load_models

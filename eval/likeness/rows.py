@@ -7,14 +7,15 @@ through the VAE, what it says of generated ones is grey.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from itertools import combinations
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 
 from data_prep.folders.results import Result, Verdict
-from eval.stats.distances import Floats, Interval, Ints, Sample, accuracy_interval, blocked_kid, confusion
+from eval.stats.arrays import Floats, Ints
+from eval.stats.distances import Interval, Sample, accuracy_interval, blocked_kid, confusion
 from prompts.captions import caption
 from prompts.vocabulary import Vocabulary
 
@@ -34,19 +35,19 @@ FEWEST_FOR_KID = 128
 
 
 @dataclass(frozen=True, kw_only=True)
-class Seen:
+class Classified:
     """Tiles or pictures as the classifier reads them, with what they are.
 
     Attributes:
         features: (N, F), standardised by the learning tiles.
         truth: head -> (N,) class number, of the caption or the prompt.
-        seen: head -> (N,) class number the classifier reads.
+        predicted: head -> (N,) class number the classifier reads.
         blocks: (N,) block number.
     """
 
     features: Floats
     truth: Mapping[Head, Ints]
-    seen: Mapping[Head, Ints]
+    predicted: Mapping[Head, Ints]
     blocks: Ints
 
     def __len__(self) -> int:
@@ -62,27 +63,27 @@ class Seen:
         """Blocks, counted within each caption."""
         return len(np.unique(np.stack([self.cells, self.blocks]), axis=1).T)
 
-    def take(self, index: Ints) -> Seen:
+    def take(self, index: Ints) -> Classified:
         """Return the entries at ``index``."""
-        return Seen(
+        return Classified(
             features=self.features[index],
             truth={head: values[index] for head, values in self.truth.items()},
-            seen={head: values[index] for head, values in self.seen.items()},
+            predicted={head: values[index] for head, values in self.predicted.items()},
             blocks=self.blocks[index],
         )
 
 
 @dataclass(frozen=True, kw_only=True)
-class Sets:
+class ClassifiedSets:
     """What is compared; the round trips are None where the model cannot be loaded, for the reason in ``no_vae``."""
 
-    held_out: Seen
-    held_out_matched: Seen
-    held_out_vae: Seen | None
-    aside: Seen
-    aside_vae: Seen | None
-    generated: Seen
-    generated_tiles: Seen
+    held_out: Classified
+    held_out_matched: Classified
+    held_out_vae: Classified | None
+    aside: Classified
+    aside_vae: Classified | None
+    generated: Classified
+    generated_tiles: Classified
     no_vae: str
     leak_unchecked: str
 
@@ -104,12 +105,12 @@ class Naming:
         return caption(self.states[cell // 1000], self.axes[cell % 1000], self.vocabulary)
 
 
-def table_of(seen: Seen, head: Head, naming: Naming) -> Floats:
+def table_of(classified: Classified, head: Head, naming: Naming) -> Floats:
     """Return the confusion table of one head."""
-    return confusion(seen.truth[head], seen.seen[head], len(naming.of(head)))
+    return confusion(classified.truth[head], classified.predicted[head], len(naming.of(head)))
 
 
-def fidelity_rows(sets: Sets, naming: Naming, *, draws: int, seed: int) -> list[Result]:
+def fidelity_rows(sets: ClassifiedSets, naming: Naming, *, draws: int, seed: int) -> list[Result]:
     """Return every number of the check, judged, in the order they are read."""
     accuracies = _accuracy_rows(sets, naming, draws, seed)
     blocked = {head: why_not_believed(head, accuracies, sets, naming) for head in HEADS}
@@ -120,7 +121,7 @@ def fidelity_rows(sets: Sets, naming: Naming, *, draws: int, seed: int) -> list[
     return rows + distance_rows(sets, naming, reasons[0] if reasons else "", draws, seed)
 
 
-def _accuracy_rows(sets: Sets, naming: Naming, draws: int, seed: int) -> list[Result]:
+def _accuracy_rows(sets: ClassifiedSets, naming: Naming, draws: int, seed: int) -> list[Result]:
     """Return the admission tests and the grey-level control."""
     rows = []
     tests = (
@@ -128,18 +129,33 @@ def _accuracy_rows(sets: Sets, naming: Naming, draws: int, seed: int) -> list[Re
         ("held_out_matched", sets.held_out_matched),
         ("held_out_vae", sets.held_out_vae),
     )
-    for name, seen in tests:
+    for name, classified in tests:
         for head in HEADS:
             row = Result(metric=f"accuracy_{head}", set=name, unit="share", verdict="grey", reason=sets.no_vae)
-            if seen is None:
+            if classified is None:
                 rows.append(row)
                 continue
             classes = len(naming.of(head))
             interval = accuracy_interval(
-                seen.truth[head], seen.seen[head], classes, seen.cells, seen.blocks, draws=draws, seed=seed
+                classified.truth[head],
+                classified.predicted[head],
+                classes,
+                classified.cells,
+                classified.blocks,
+                draws=draws,
+                seed=seed,
             )
             verdict, reason = _judge_accuracy(name, head, interval.value, classes)
-            rows.append(_with(row, interval, verdict=verdict, reason=reason, n=len(seen), n_eff=seen.num_blocks))
+            rows.append(
+                replace(
+                    row,
+                    **asdict(interval),
+                    verdict=verdict,
+                    reason=reason,
+                    n=len(classified),
+                    n_eff=classified.num_blocks,
+                )
+            )
     return rows
 
 
@@ -160,7 +176,7 @@ def _judge_accuracy(name: str, head: Head, value: float, classes: int) -> tuple[
     return "ok", f"at least {ADMISSION:.2f} on {where}: the {head} head is believed"
 
 
-def why_not_believed(head: Head, accuracies: Sequence[Result], sets: Sets, naming: Naming) -> str:
+def why_not_believed(head: Head, accuracies: Sequence[Result], sets: ClassifiedSets, naming: Naming) -> str:
     """Return why the numbers of a head are grey, or an empty string."""
     if sets.leak_unchecked:
         return sets.leak_unchecked
@@ -178,10 +194,10 @@ def why_not_believed(head: Head, accuracies: Sequence[Result], sets: Sets, namin
 
 
 def _agreement_rows(
-    head: Head, sets: Sets, naming: Naming, accuracies: Sequence[Result], blocked: str, draws: int, seed: int
+    head: Head, sets: ClassifiedSets, naming: Naming, accuracies: Sequence[Result], blocked: str, draws: int, seed: int
 ) -> list[Result]:
     """Return how often generated slices show what was asked for, over all and per caption."""
-    seen, classes = sets.generated, len(naming.of(head))
+    classified, classes = sets.generated, len(naming.of(head))
     ceiling = next(
         (
             row.value
@@ -192,11 +208,11 @@ def _agreement_rows(
     )
     caution = next((row.reason for row in accuracies if row.metric == f"accuracy_{head}" and row.verdict == "warn"), "")
     rows = []
-    for cell in (None, *np.unique(seen.cells)):
-        part = seen if cell is None else seen.take(np.flatnonzero(seen.cells == cell))
+    for cell in (None, *np.unique(classified.cells)):
+        part = classified if cell is None else classified.take(np.flatnonzero(classified.cells == cell))
         interval = accuracy_interval(
             np.zeros(len(part), dtype=np.int64),
-            (part.truth[head] != part.seen[head]).astype(np.int64),
+            (part.truth[head] != part.predicted[head]).astype(np.int64),
             2,
             part.cells,
             part.blocks,
@@ -217,7 +233,7 @@ def _agreement_rows(
             unit="share",
             reason=blocked or few or reason,
         )
-        rows.append(_with(row, interval, verdict="grey" if blocked or few else verdict))
+        rows.append(replace(row, **asdict(interval), verdict="grey" if blocked or few else verdict))
     return rows
 
 
@@ -230,7 +246,7 @@ def _judge_agreement(head: Head, interval: Interval, chance: float) -> tuple[Ver
     return "warn", f"below {AGREEMENT[head]:.2f}, above chance ({chance:.2f})"
 
 
-def distance_rows(sets: Sets, naming: Naming, blocked: str, draws: int, seed: int) -> list[Result]:
+def distance_rows(sets: ClassifiedSets, naming: Naming, blocked: str, draws: int, seed: int) -> list[Result]:
     """Return the distance of the generated slices beside its reference lines, at equal numbers per caption."""
     number = equal_numbers([sets.aside, sets.held_out, sets.generated_tiles])
     base = Result(metric="kid", unit="squared MMD")
@@ -253,24 +269,24 @@ def distance_rows(sets: Sets, naming: Naming, blocked: str, draws: int, seed: in
     if blocked or few:
         verdict, reason = "grey", blocked or few
     floor = lines["real"]
-    kid_row = _with(base, measured, set="generated", floor=floor.value, verdict=verdict, reason=reason)
+    kid_row = replace(base, **asdict(measured), set="generated", floor=floor.value, verdict=verdict, reason=reason)
     rows = [kid_row]
     if floor.high > 0:
         ratio = Interval(
             value=measured.value / floor.high, low=measured.low / floor.high, high=measured.high / floor.high
         )
-        rows.append(_with(kid_row, ratio, metric="kid_floor_ratio", unit="ratio", floor=1.0))
+        rows.append(replace(kid_row, **asdict(ratio), metric="kid_floor_ratio", unit="ratio", floor=1.0))
     notes = {
         "real": f"reference: other real slices against held-out ones, {captions}; the ratio divides by the upper end",
         "vae": f"reference: these after the VAE round trip, {captions}; no generator behind this VAE does better",
     }
-    rows += [_with(base, line, set=name, reason=notes[name]) for name, line in lines.items()]
+    rows += [replace(base, **asdict(line), set=name, reason=notes[name]) for name, line in lines.items()]
     if sets.aside_vae is None:
         rows.append(replace(base, set="vae", n=0, n_eff=None, reason=sets.no_vae))
     if nearest is not None:
         interval, names, per_side = nearest
         text = f"reference: how far {names[0]} is from {names[1]} among held-out slices, the nearest two states"
-        rows.append(_with(base, interval, set="nearest_states", n=per_side, reason=text))
+        rows.append(replace(base, **asdict(interval), set="nearest_states", n=per_side, reason=text))
     for cell, count in number.items():
         one = {cell: count}
         interval = _kid(pick(sets.generated_tiles, one), pick(sets.held_out, one), draws, seed)
@@ -278,7 +294,9 @@ def distance_rows(sets: Sets, naming: Naming, blocked: str, draws: int, seed: in
         row = replace(
             base, set="generated", prompt=naming.caption(cell), n=count, n_eff=pick(sets.held_out, one).num_blocks
         )
-        rows.append(_with(row, interval, floor=between.value, reason=blocked or "shown per caption, not judged"))
+        rows.append(
+            replace(row, **asdict(interval), floor=between.value, reason=blocked or "shown per caption, not judged")
+        )
     return rows
 
 
@@ -302,7 +320,7 @@ def _judge_distance(
 
 
 def _nearest_state(
-    held_out: Seen, naming: Naming, draws: int, seed: int
+    held_out: Classified, naming: Naming, draws: int, seed: int
 ) -> tuple[Interval, tuple[str, str], int] | None:
     """Return the smallest distance between two states at equal numbers per axis, their names and tiles a side."""
     found: tuple[Interval, tuple[str, str], int] | None = None
@@ -322,7 +340,7 @@ def _nearest_state(
     return found
 
 
-def equal_numbers(sides: Sequence[Seen]) -> dict[int, int]:
+def equal_numbers(sides: Sequence[Classified]) -> dict[int, int]:
     """Return how many tiles of each caption every side has; captions with fewer than two are left out."""
     number = {
         int(cell): min(int((side.cells == cell).sum()) for side in sides)
@@ -331,26 +349,25 @@ def equal_numbers(sides: Sequence[Seen]) -> dict[int, int]:
     return {cell: count for cell, count in number.items() if count >= 2}
 
 
-def pick(seen: Seen, number: Mapping[int, int]) -> Seen:
+def pick(classified: Classified, number: Mapping[int, int]) -> Classified:
     """Return the first so many entries of each caption; tiles come drawn by seed and spread over blocks."""
-    return _first(seen, seen.cells, number)
+    return _first(classified, classified.cells, number)
 
 
-def _first(seen: Seen, labels: Ints, number: Mapping[int, int]) -> Seen:
+def _first(classified: Classified, labels: Ints, number: Mapping[int, int]) -> Classified:
     """Return the first so many entries of each label."""
-    return seen.take(np.concatenate([np.flatnonzero(labels == label)[:count] for label, count in number.items()]))
+    return classified.take(np.concatenate([np.flatnonzero(labels == label)[:count] for label, count in number.items()]))
 
 
-def _kid(a: Seen, b: Seen, draws: int, seed: int) -> Interval:
+def _kid(a: Classified, b: Classified, draws: int, seed: int) -> Interval:
     """Return the blocked KID over captions."""
     return blocked_kid(as_sample(a), as_sample(b), draws=draws, seed=seed)
 
 
-def as_sample(seen: Seen, head: Head | None = None) -> Sample:
+def as_sample(classified: Classified, head: Head | None = None) -> Sample:
     """Return the features with captions, or the classes of one head, as strata."""
-    return Sample(features=seen.features, strata=seen.cells if head is None else seen.truth[head], blocks=seen.blocks)
-
-
-def _with(row: Result, interval: Interval, **changes: Any) -> Result:
-    """Return the row with its value and interval, and whatever else is known by then."""
-    return replace(row, value=interval.value, low=interval.low, high=interval.high, **changes)
+    return Sample(
+        features=classified.features,
+        strata=classified.cells if head is None else classified.truth[head],
+        blocks=classified.blocks,
+    )

@@ -7,13 +7,13 @@ alone would not show a model that draws the right slices by luck of the seed, or
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import numpy as np
 
 from data_prep.folders.results import Result, Verdict
-from eval.likeness.rows import HEADS, Head, Seen
-from eval.stats.distances import Floats, Interval, Ints
+from eval.likeness.rows import HEADS, Classified, Head
+from eval.stats.arrays import Floats, Ints
 from eval.stats.intervals import share_interval
 
 FOLLOWS: dict[Head, float] = {"state": 0.80, "axis": 0.60}
@@ -23,16 +23,16 @@ STAYS = 0.80
 FEWEST_SEEDS = 4
 
 
-def swap_rows(seen: Seen, why_grey: Mapping[Head, str]) -> list[Result]:
+def swap_rows(classified: Classified, why_grey: Mapping[Head, str]) -> list[Result]:
     """Return, for each head, how often it follows when its word is swapped, and how often the other stays.
 
     Args:
-        seen: generated pictures; a block is a seed.
+        classified: generated pictures; a block is a seed.
         why_grey: head -> why it is not believed, empty if it is.
     """
     rows = []
     for head, other in (HEADS, HEADS[::-1]):
-        follows, stays = _swaps(seen, head, other)
+        follows, stays = _swaps(classified, head, other)
         grey = why_grey[head] or why_grey[other]
         base = Result(metric="", set="generated", unit="share")
         if not follows.size:
@@ -48,19 +48,22 @@ def swap_rows(seen: Seen, why_grey: Mapping[Head, str]) -> list[Result]:
             verdict: Verdict = "ok" if interval.value >= least else "warn"
             reason = words if verdict == "ok" else f"{words}: below {least:.2f}"
             row = replace(base, metric=name, n=hits.size, n_eff=float(hits.shape[1]), reason=grey or few or reason)
-            rows.append(_with(row, interval, "grey" if grey or few else verdict))
+            rows.append(replace(row, **asdict(interval), verdict="grey" if grey or few else verdict))
     return rows
 
 
-def _swaps(seen: Seen, head: Head, other: Head) -> tuple[Floats, Floats]:
+def _swaps(classified: Classified, head: Head, other: Head) -> tuple[Floats, Floats]:
     """Return whether the head followed and the other stayed, (pairs of captions, seeds) of 0 and 1 each."""
     cells: dict[tuple[int, int, int], int] = {}
-    for index in range(len(seen)):
-        cells.setdefault((int(seen.truth[other][index]), int(seen.truth[head][index]), int(seen.blocks[index])), index)
+    for index in range(len(classified)):
+        cells.setdefault(
+            (int(classified.truth[other][index]), int(classified.truth[head][index]), int(classified.blocks[index])),
+            index,
+        )
     kinds = sorted({key[:2] for key in cells})
     pairs = [(first, second) for first in kinds for second in kinds if first[0] == second[0] and first[1] < second[1]]
     seeds = [
-        seed for seed in np.unique(seen.blocks).tolist()
+        seed for seed in np.unique(classified.blocks).tolist()
         if all((*kind, seed) in cells for pair in pairs for kind in pair)
     ]  # fmt: skip
     if not pairs or not seeds:
@@ -70,13 +73,8 @@ def _swaps(seen: Seen, head: Head, other: Head) -> tuple[Floats, Floats]:
     )
 
     def correct(index: Ints) -> Ints:
-        return seen.seen[head][index] == seen.truth[head][index]
+        return classified.predicted[head][index] == classified.truth[head][index]
 
     follows = correct(left) & correct(right)
-    stays = seen.seen[other][left] == seen.seen[other][right]
+    stays = classified.predicted[other][left] == classified.predicted[other][right]
     return follows.astype(np.float64), stays.astype(np.float64)
-
-
-def _with(row: Result, interval: Interval, verdict: Verdict) -> Result:
-    """Fill in a share."""
-    return replace(row, value=interval.value, low=interval.low, high=interval.high, verdict=verdict)

@@ -9,7 +9,7 @@ import numpy as np
 
 from configs.errors import InputError
 from eval.likeness.rows import Head, Naming
-from eval.stats.distances import Ints
+from eval.stats.arrays import Ints
 from eval.tiles.config import SlicesConfig
 from eval.tiles.features import Tiles, draw_cuts, read_tiles
 from eval.tiles.sets import Generated, RealSlices, choose_tile, generated_cuts, real_cuts

@@ -15,8 +15,8 @@ from numpy.typing import NDArray
 from scipy.spatial.distance import cdist, pdist
 from scipy.stats import binomtest
 
-Floats = NDArray[np.float64]
-Ints = NDArray[np.int64]
+from eval.stats.arrays import Floats, Ints
+
 Kernel = Callable[[Floats, Floats], Floats]
 
 SHRINKAGE = 0.2

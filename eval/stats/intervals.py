@@ -13,9 +13,9 @@ from numpy.typing import NDArray
 from scipy.stats import betabinom, binomtest
 from scipy.stats import t as student_t
 
+from eval.stats.arrays import Floats
 from eval.stats.distances import Interval
 
-Floats = NDArray[np.float64]
 Statistic = Callable[..., Floats]
 _USUAL = 0.9995
 

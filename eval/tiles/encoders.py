@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from configs.errors import UsageError
 from data_prep.folders.hashes import sha256_of
-from eval.stats.distances import Floats
+from eval.stats.arrays import Floats
 from eval.tiles.features import resize
 
 Pixels = NDArray[np.uint8]

@@ -16,11 +16,11 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from configs.errors import InputError
+from eval.stats.arrays import Grey
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL
 
-Grey = NDArray[np.uint8]
 
 DEEP_MODES = {"I", "F", "I;16", "I;16B", "I;16L", "I;16N"}
 """Pillow's names of pixels of more than 8 bits, which it would cut off at 255."""
@@ -29,7 +29,7 @@ FLAT_RANGE = 4
 
 
 @dataclass(frozen=True, kw_only=True)
-class Cut:
+class TileCut:
     """Where a tile is taken: picture, upper left corner, the class it belongs to, and its block.
 
     Attributes:
@@ -57,7 +57,7 @@ class Tiles:
     """
 
     pixels: Grey
-    cuts: tuple[Cut, ...]
+    cuts: tuple[TileCut, ...]
     num_flat: int = 0
 
     def __len__(self) -> int:
@@ -135,12 +135,12 @@ def tile_corners(height: int, width: int, tile: int) -> list[tuple[int, int]]:
     return [(int(row), int(column)) for row in rows for column in columns]
 
 
-def draw_cuts(cuts: Sequence[Cut], per_class: int, seed: int) -> list[Cut]:
+def draw_cuts(cuts: Sequence[TileCut], per_class: int, seed: int) -> list[TileCut]:
     """Return at most ``per_class`` cuts of each class, drawn by seed and spread over its blocks in turn."""
-    drawn: list[Cut] = []
+    drawn: list[TileCut] = []
     for label in sorted({cut.label for cut in cuts}):
         generator = np.random.default_rng([seed, *label[0].encode(), *label[1].encode()])
-        blocks: dict[str, list[Cut]] = {}
+        blocks: dict[str, list[TileCut]] = {}
         for cut in cuts:
             if cut.label == label:
                 blocks.setdefault(cut.block, []).append(cut)
@@ -152,7 +152,7 @@ def draw_cuts(cuts: Sequence[Cut], per_class: int, seed: int) -> list[Cut]:
     return drawn
 
 
-def read_tiles(cuts: Sequence[Cut], tile: int, *, keep_flat: bool = False) -> Tiles:
+def read_tiles(cuts: Sequence[TileCut], tile: int, *, keep_flat: bool = False) -> Tiles:
     """Cut the tiles out of their pictures; flat ones are counted, and left out unless asked for.
 
     Raises:

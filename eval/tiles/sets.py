@@ -22,7 +22,7 @@ from data_prep.folders.manifest import (
     read_rows,
 )
 from eval.tiles.config import LARGEST_TILE, SMALLEST_TILE, SlicesConfig
-from eval.tiles.features import Cut, tile_corners
+from eval.tiles.features import TileCut, tile_corners
 from prompts.captions import all_captions, parse_caption
 from prompts.vocabulary import DEFAULT, Vocabulary, read_vocabulary
 
@@ -36,7 +36,7 @@ RECORDS_NAME = "records.jsonl"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Picture:
+class GeneratedSlice:
     """A generated picture whose prompt is one of the dataset's captions."""
 
     path: Path
@@ -61,7 +61,7 @@ class Generated:
         adapter_hashes: of their files.
     """
 
-    pictures: tuple[Picture, ...]
+    pictures: tuple[GeneratedSlice, ...]
     num_other: int
     base_model: str
     base_hash: str
@@ -73,9 +73,9 @@ class Generated:
 class RealCuts:
     """Where real tiles may be cut, by use."""
 
-    learning: tuple[Cut, ...]
-    aside: tuple[Cut, ...]
-    held_out: tuple[Cut, ...]
+    learning: tuple[TileCut, ...]
+    aside: tuple[TileCut, ...]
+    held_out: tuple[TileCut, ...]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -186,7 +186,7 @@ def read_generated(folder: Path, real: RealSlices, vocabulary: Vocabulary) -> Ge
     path = folder / RECORDS_NAME
     if not path.is_file():
         raise InputError(f"--generated {folder}: no {RECORDS_NAME}; give a folder written by python -m eval.generate")
-    pictures, other, base, adapters = list[Picture](), list[str](), dict[str, object](), list[object]()
+    pictures, other, base, adapters = list[GeneratedSlice](), list[str](), dict[str, object](), list[object]()
     for number, record in read_records(path):
         try:
             name, prompt = str(record["file_name"]), str(record["prompt"])
@@ -204,7 +204,7 @@ def read_generated(folder: Path, real: RealSlices, vocabulary: Vocabulary) -> Ge
             other.append(prompt)
             continue
         pictures.append(
-            Picture(
+            GeneratedSlice(
                 path=folder / name, prompt=prompt, seed=seed, state=asked[0], axis=asked[1], height=height, width=width
             )
         )
@@ -228,7 +228,7 @@ def read_generated(folder: Path, real: RealSlices, vocabulary: Vocabulary) -> Ge
     )
 
 
-def split_cuts(real: RealSlices, split: str, tile: int) -> list[Cut]:
+def split_cuts(real: RealSlices, split: str, tile: int) -> list[TileCut]:
     """Return every tile of one split, ``train`` or ``validation``."""
     return _cuts_of(real, split, real.train if split == "train" else real.validation, tile)
 
@@ -254,10 +254,10 @@ def real_cuts(real: RealSlices, tile: int) -> RealCuts:
     return RealCuts(learning=tuple(learning), aside=tuple(kept), held_out=tuple(held_out))
 
 
-def generated_cuts(pictures: Sequence[Picture], tile: int) -> list[Cut]:
+def generated_cuts(pictures: Sequence[GeneratedSlice], tile: int) -> list[TileCut]:
     """Return every tile of the generated pictures, picture after picture."""
     return [
-        Cut(
+        TileCut(
             path=picture.path, row=row, column=column, label=(picture.state, picture.axis), block=f"seed {picture.seed}"
         )
         for picture in pictures
@@ -265,10 +265,10 @@ def generated_cuts(pictures: Sequence[Picture], tile: int) -> list[Cut]:
     ]
 
 
-def _cuts_of(real: RealSlices, split: str, rows: Sequence[SliceRow], tile: int) -> list[Cut]:
+def _cuts_of(real: RealSlices, split: str, rows: Sequence[SliceRow], tile: int) -> list[TileCut]:
     """Return every tile of the rows; slabs are counted in slices of the volume."""
     return [
-        Cut(
+        TileCut(
             path=real.folder / split / row.file_name,
             row=top,
             column=left,

@@ -6,10 +6,10 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from configs.errors import TisserandError
-from eval.tiles.features import Grey
 from finetune.diffusion.models import Models, evaluating, together
 
 Request = tuple[str, int]
@@ -45,7 +45,7 @@ def decode(models: Models, latents: Tensor, requests: Sequence[Request], *, batc
 
 
 @torch.no_grad()
-def slice_latents(models: Models, slices: Grey, *, batch_size: int = 16) -> Tensor:
+def slice_latents(models: Models, slices: NDArray[np.uint8], *, batch_size: int = 16) -> Tensor:
     """Return the scaled latents of grey slices (N, H, W) uint8: the mean of the VAE's posterior, without noise."""
     pixels = torch.from_numpy(slices).float()[:, None].expand(-1, 3, -1, -1) / 127.5 - 1
     with evaluating(models):

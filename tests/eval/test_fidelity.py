@@ -14,7 +14,7 @@ from data_prep.folders.manifest import SliceRow, write_manifest, write_rows
 from data_prep.folders.results import Result, read_results
 from eval.fidelity import FidelityConfig, main
 from eval.likeness.colour import coloured_row
-from eval.likeness.rows import Naming, Seen, Sets, fidelity_rows
+from eval.likeness.rows import Classified, ClassifiedSets, Naming, fidelity_rows
 from eval.tiles.config import SlicesConfig
 from eval.tiles.sets import read_real, real_cuts
 from prompts.captions import caption
@@ -256,24 +256,24 @@ def test_blocks_kept_for_the_floor_are_not_learned_from(dataset: Path) -> None:
     assert len([cut for cut in cuts.aside if cut.label == ("dry", "warp")]) == 9
 
 
-def seen(each: int, *, wrong: float = 0.0, shift: float = 0.0, seed: int = 0) -> Seen:
+def seen(each: int, *, wrong: float = 0.0, shift: float = 0.0, seed: int = 0) -> Classified:
     """Pictures of all four captions, a share of whose states is read wrong, with features moved by ``shift``."""
     random = np.random.default_rng(seed)
     state, axis = np.repeat([0, 0, 1, 1], each), np.repeat([0, 1, 0, 1], each)
     flipped = random.permutation(4 * each) < wrong * 4 * each
     features = random.normal(size=(4 * each, 8)) + shift
     features[:, 0] += 4 * state
-    return Seen(
+    return Classified(
         features=features,
         truth={"state": state, "axis": axis},
-        seen={"state": np.where(flipped, 1 - state, state), "axis": axis},
+        predicted={"state": np.where(flipped, 1 - state, state), "axis": axis},
         blocks=np.tile(np.arange(each) // 2, 4),
     )
 
 
 def all_rows(**changes: object) -> list[Result]:
     """Return the rows of a check in which everything is in order, but for the changes."""
-    sets = Sets(
+    sets = ClassifiedSets(
         held_out=seen(40, seed=1),
         held_out_matched=seen(40, seed=1),
         held_out_vae=seen(40, seed=1),

@@ -14,7 +14,7 @@ from test_fidelity import NAMING, seen
 from configs.errors import UsageError
 from data_prep.folders.results import Result
 from eval.likeness.encoder_rows import check_torch_fidelity, encoder_rows
-from eval.likeness.rows import Sets
+from eval.likeness.rows import ClassifiedSets
 from eval.tiles.encoders import Encoder
 
 KINDS = ("held_out", "aside", "generated_tiles")
@@ -22,7 +22,7 @@ KINDS = ("held_out", "aside", "generated_tiles")
 
 def rows_of(shift: float, *, with_torch_fidelity: bool = False) -> dict[tuple[str, str, str], Result]:
     """Compare tiles whose grey levels are the features: four of a pixel each, generated ones brighter by ``shift``."""
-    sets = Sets(
+    sets = ClassifiedSets(
         held_out=seen(40, seed=1),
         held_out_matched=seen(40, seed=1),
         held_out_vae=None,

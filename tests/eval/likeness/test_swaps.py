@@ -9,21 +9,21 @@ import pytest
 
 from data_prep.folders.results import Result
 from eval.likeness.own_classifier import caption_losses, own_classifier_rows
-from eval.likeness.rows import Seen
+from eval.likeness.rows import Classified
 from eval.likeness.swaps import swap_rows
 
 BELIEVED = {"state": "", "axis": ""}
 
 
-def seen(*, ignores_axis: bool = False, state_follows_axis: bool = False, seeds: int = 8) -> Seen:
+def seen(*, ignores_axis: bool = False, state_follows_axis: bool = False, seeds: int = 8) -> Classified:
     """Pictures of 2 states x 2 axes x seeds, read as asked but for what is named."""
     state, axis, seed = (values.ravel() for values in np.meshgrid([0, 1], [0, 1], np.arange(seeds), indexing="ij"))
     read_axis = np.zeros_like(axis) if ignores_axis else axis
     read_state = axis if state_follows_axis else state
-    return Seen(
+    return Classified(
         features=np.zeros((len(seed), 1)),
         truth={"state": state, "axis": axis},
-        seen={"state": read_state, "axis": read_axis},
+        predicted={"state": read_state, "axis": read_axis},
         blocks=seed,
     )
 

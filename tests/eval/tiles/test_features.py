@@ -8,7 +8,7 @@ from PIL import Image
 
 from configs.errors import InputError
 from eval.tiles.features import (
-    Cut,
+    TileCut,
     draw_cuts,
     match_histograms_to,
     read_grey,
@@ -20,8 +20,10 @@ from eval.tiles.features import (
 )
 
 
-def cut(path: Path, row: int = 0, column: int = 0, label: tuple[str, str] = ("dry", "warp"), block: str = "a") -> Cut:
-    return Cut(path=path, row=row, column=column, label=label, block=block)
+def cut(
+    path: Path, row: int = 0, column: int = 0, label: tuple[str, str] = ("dry", "warp"), block: str = "a"
+) -> TileCut:
+    return TileCut(path=path, row=row, column=column, label=label, block=block)
 
 
 def picture(path: Path, pixels: np.ndarray) -> Path:
