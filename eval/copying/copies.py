@@ -34,10 +34,10 @@ class Matches:
     """The best match of each tile.
 
     Attributes:
-        similarity: (Q,) in [-1, 1].
-        index: (Q,) of the tile it was found in.
-        symmetry: (Q,) which flip or turn of the asked tile, from 0 to 7.
-        offset: (Q, 2) rows and columns the turned tile moves by to lie on the one found.
+        similarity: how alike the two are, in [-1, 1], (Q,).
+        index: number of the tile that it was found in, (Q,).
+        symmetry: which flip or turn of the query fits, from 0 to 7, (Q,).
+        offset: rows and columns that the turned query moves by to lie on the tile found, (Q, 2).
     """
 
     similarity: Floats
@@ -54,9 +54,10 @@ class Threshold:
     themselves more than others.
 
     Attributes:
-        centre, spread: of each caption's number.
-        value: 95 % quantile of the held-out tiles, in units of the spread.
-        conservative: upper end of its block-bootstrap interval: what counts.
+        centre: mean similarity of the held-out tiles of each caption, by its number.
+        spread: standard deviation of the same, by the caption's number.
+        value: the 95 % quantile of the held-out tiles, in units of the spread.
+        conservative: the upper end of its block-bootstrap interval, which is what counts.
     """
 
     centre: dict[int, float]
@@ -92,10 +93,10 @@ def best_matches(
     """Find the most similar reference of each query.
 
     Args:
-        queries: (Q, t, t).
-        references: (R, t, t).
-        query_blocks: (Q,) with ``reference_blocks`` (R,): pairs of equal blocks are left out.
-        reference_blocks: see there.
+        queries: tiles that are searched for, (Q, t, t).
+        references: tiles that are searched, (R, t, t).
+        query_blocks: block of each query, (Q,); pairs of tiles of the same block are left out.
+        reference_blocks: block of each reference, (R,).
     """
     tile = queries.shape[1]
     factor = max(2, -(-tile // COARSE_PX))
@@ -129,11 +130,11 @@ def calibrate(similarity: Floats, cells: Ints, blocks: Ints, *, draws: int = 500
     """Set the threshold from held-out tiles, which cannot be copies.
 
     Args:
-        similarity: (N,) of held-out tiles to the training tiles.
-        cells: (N,) their captions.
-        blocks: (N,) their slabs; whole ones are drawn again.
-        draws: bootstrap resamples.
-        seed: of the resampling.
+        similarity: similarity of each held-out tile to the nearest training tile, (N,).
+        cells: number of the caption of each, (N,).
+        blocks: number of the slab of each, (N,); whole slabs are drawn again.
+        draws: number of bootstrap resamples.
+        seed: seed of the resampling.
 
     One slab alone would set a threshold by chance: the upper end of the quantile's interval is what counts.
     """

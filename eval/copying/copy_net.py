@@ -52,10 +52,10 @@ def train_copy_net(tiles: Grey, *, num_steps: int, shift_px: int, seed: int = 0)
     """Train on tiles (N, t, t); the same tiles, seed and thread count give the same network on a CPU.
 
     Args:
-        tiles: training tiles.
-        num_steps: optimizer updates.
-        shift_px: largest shift of a view.
-        seed: of the weights, the order and the views.
+        tiles: the training tiles.
+        num_steps: number of optimizer updates.
+        shift_px: the largest shift of a view, in px.
+        seed: seed of the weights, of the order of the tiles, and of the views.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)

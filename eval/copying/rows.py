@@ -47,12 +47,12 @@ alike anyway."""
 
 @dataclass(frozen=True, kw_only=True)
 class Side:
-    """Tiles that are searched for, with what is known of them.
+    """The tiles of one set, with what the search found for each.
 
     Attributes:
         matches: the best training tile of each.
-        cells: (N,) number of the caption.
-        blocks: (N,) slab, seed, or number of a planted tile.
+        cells: number of the caption of each tile, (N,).
+        blocks: number of the slab, of the seed, or of the planted tile, (N,).
     """
 
     matches: Matches
@@ -97,9 +97,10 @@ class LossGap:
     """How much lower the tuned model's loss is than its base's, a picture each.
 
     Attributes:
-        trained: (N,) of slices it was trained on.
-        held_out: (M,) of slices it was not.
-        trained_blocks, held_out_blocks: their slabs.
+        trained: fall of the loss of each slice that it was trained on, (N,).
+        held_out: fall of the loss of each slice that it was not trained on, (M,).
+        trained_blocks: number of the slab of each trained slice, (N,).
+        held_out_blocks: number of the slab of each held-out slice, (M,).
     """
 
     trained: Floats
@@ -167,12 +168,12 @@ def memorization_rows(
 
     Args:
         searched: what the detectors found.
-        audit: of the split.
-        loss_gap: how losses differ; None for the reason in ``no_model``.
-        no_model: why there is none.
-        num_trained: slices the model was trained on.
-        draws: resamples behind each interval.
-        seed: of the resampling.
+        audit: the row that tells whether the split leaks.
+        loss_gap: how the losses of trained and held-out slices fell; None for the reason in ``no_model``.
+        no_model: why there is no loss gap.
+        num_trained: number of slices that the model was trained on.
+        draws: number of resamples behind each interval.
+        seed: seed of the resampling.
     """
     rows = [audit]
     blind = []

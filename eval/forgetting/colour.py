@@ -8,8 +8,9 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
+from eval.stats.arrays import Floats
+
 Pictures = NDArray[np.uint8]
-Floats = NDArray[np.float64]
 
 FAINT: dict[str, float] = {"colourfulness": 8.0, "saturation": 0.04, "luminance": 8.0}
 """Below this the base's own pictures have too little of it for a ratio to mean anything, as grey textures have."""

@@ -6,11 +6,9 @@ passes and is exactly zero where nothing changed. It says how far, not whether t
 
 from __future__ import annotations
 
-import numpy as np
-from numpy.typing import NDArray
 from torch import Tensor
 
-Floats = NDArray[np.float64]
+from eval.stats.arrays import Floats
 
 
 def divergence_parts(tuned: Tensor, base: Tensor) -> tuple[Floats, Floats]:

@@ -20,12 +20,10 @@ from torch import Tensor, nn
 
 from configs.errors import InputError
 from data_prep.folders.manifest import is_inside, read_records
-from eval.stats.arrays import Grey
+from eval.stats.arrays import Floats, Grey
 from eval.tiles.features import cover, read_grey, to_grey
 from finetune.diffusion.models import Models
 from finetune.diffusion.vae import decode, slice_latents
-
-Floats = NDArray[np.float64]
 
 LEAKED_SHARE = 0.3
 """A picture with more than this share of slice-like patches counts as leaked."""

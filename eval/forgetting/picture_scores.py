@@ -16,11 +16,10 @@ from numpy.typing import NDArray
 from eval.forgetting.colour import FAINT, MEASURES
 from eval.forgetting.evidence import Evidence, Views
 from eval.forgetting.leak import LeakNet, is_leaked
+from eval.stats.arrays import Floats
 from eval.stats.distances import Interval
 from eval.stats.intervals import chance_of_hits, hierarchical, noise_band, ratio_of_means, share_interval
 from prompts.probe_lists import Probe
-
-Floats = NDArray[np.float64]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -28,12 +28,12 @@ from eval.forgetting.reported import (
     DriftScore,
 )
 from eval.forgetting.verdicts import GUARD, Limits, Policy, judge_prompt, judge_set, worst
+from eval.stats.arrays import Floats
 from eval.stats.distances import Interval
 from eval.stats.intervals import hierarchical, interval_of, ratio_of_means, resample
 from eval.stats.number import Number
 from prompts.probe_lists import Probe
 
-Floats = NDArray[np.float64]
 UNCHANGED = 0.0
 
 

@@ -46,9 +46,9 @@ class PictureRequest:
 
     Attributes:
         grid: prompts and seeds.
-        settings: of each prompt, with its height and width filled in.
+        settings: the sampling settings of each prompt, with height and width filled in.
         origin: the model.
-        scales: of each prompt, what turns its pictures into counts of the scanner; empty without 16-bit slices.
+        scales: what turns the pictures of each prompt into counts of the scanner; empty without 16-bit slices.
     """
 
     grid: Grid

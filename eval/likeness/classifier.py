@@ -85,13 +85,13 @@ def train_classifier(
     """Train both heads together; the same seed and thread count give the same weights on a CPU.
 
     Args:
-        tiles: (N, h, w) grey values.
-        states: (N,) class numbers from 0.
-        axes: (N,) class numbers from 0.
-        num_steps: optimizer updates.
-        batch_size: tiles per update.
-        seed: of the initial weights, the order and the augmentation.
-        device: to train on.
+        tiles: grey values, (N, h, w).
+        states: class number of the state of each tile, from 0, (N,).
+        axes: class number of the axis of each tile, from 0, (N,).
+        num_steps: number of optimizer updates.
+        batch_size: number of tiles in an update.
+        seed: seed of the initial weights, of the order of the tiles, and of the augmentation.
+        device: where the classifier is trained.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)

@@ -46,11 +46,11 @@ def descriptor_rows(sets: DescribedSets, naming: Naming, why_grey: str, *, draws
     """Return the floor ratios, the two-sample test, the distance of distributions, density and coverage.
 
     Args:
-        sets: descriptors of every set.
-        naming: of captions.
-        why_grey: why nothing may be judged (no held-out region); empty if it may.
-        draws: resamples behind each interval.
-        seed: of the resampling.
+        sets: the descriptors of every set.
+        naming: names of the states and axes, for the captions.
+        why_grey: why nothing may be judged, such as a missing held-out region; empty if it may.
+        draws: number of resamples behind each interval.
+        seed: seed of the resampling.
     """
     sides = [sets.generated, sets.held_out, sets.aside]
     number = {

@@ -37,8 +37,9 @@ class Descriptor:
 
     Attributes:
         name: its name in the results.
-        unit: of the distance.
-        distance: values (N, ...) and weights (N,) of one set, values (M, ...) and weights (M,) of the reference.
+        unit: the unit of the distance.
+        distance: a function of the values (N, ...) and weights (N,) of one set, and the values (M, ...) and weights
+            (M,) of the reference.
     """
 
     name: str

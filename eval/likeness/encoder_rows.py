@@ -34,13 +34,13 @@ def encoder_rows(
     """Return KID with its reference lines, MMD, density and coverage in an encoder's features.
 
     Args:
-        encoder: CLIP or DINOv2.
-        sets: what is compared; its own features are not used.
+        encoder: a CLIP or DINOv2.
+        sets: the tiles that are compared; their own features are not used.
         pixels: tiles of ``held_out``, ``aside``, ``aside_vae`` (if there is a VAE) and ``generated_tiles``.
-        naming: of captions.
+        naming: names of the states and axes, for the captions.
         with_torch_fidelity: add FID, KID, precision and recall by torch-fidelity.
-        draws: resamples behind each interval.
-        seed: of the resampling.
+        draws: number of resamples behind each interval.
+        seed: seed of the resampling.
     """
     classified = {
         name: replace(getattr(sets, name), features=np.asarray(encoder.images(tiles), dtype=np.float64))

@@ -93,12 +93,12 @@ def own_classifier_rows(
     """Return how often the least surprising caption names the right state, axis, and both.
 
     Args:
-        losses: (N, C).
-        truth: ``state`` and ``axis`` of each picture, (N,).
-        classes: the same of each caption, (C,).
-        blocks: (N,) slab of each picture.
-        draws: resamples behind the intervals.
-        seed: of the resampling.
+        losses: loss of each picture under each caption, (N, C).
+        truth: class numbers of the ``state`` and the ``axis`` of each picture, (N,).
+        classes: the same class numbers of each caption, (C,).
+        blocks: number of the slab that each picture was cut from, (N,).
+        draws: number of resamples behind each interval.
+        seed: seed of the resampling.
     """
     chosen = losses.argmin(axis=1)
     strata = truth["state"] * 1000 + truth["axis"]

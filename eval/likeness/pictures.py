@@ -11,8 +11,8 @@ from eval.likeness.described import Described, DescribedSets
 from eval.likeness.descriptors import ANGLES, GREY_BINS
 from eval.likeness.rows import HEADS, Classified, ClassifiedSets, Head, Naming, table_of
 from eval.likeness.tile_sets import TileSets
-from eval.tiles.contact_sheet import contact_sheet
 from eval.stats.arrays import Floats, Grey
+from eval.tiles.contact_sheet import contact_sheet
 from eval.tiles.features import Tiles
 from prompts.captions import caption
 

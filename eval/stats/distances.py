@@ -111,7 +111,7 @@ def blocked_kid(a: Sample, b: Sample, *, kernel: Kernel = cubic_kernel, draws: i
         b: the other set, with the same number of pictures in each stratum.
         kernel: another one gives the squared MMD under it.
         draws: bootstrap resamples.
-        seed: of the resampling.
+        seed: seed of the resampling.
 
     Raises:
         ValueError: the strata do not hold equal numbers on both sides, or fewer than two pictures each.
@@ -162,7 +162,7 @@ def block_bootstrap(
         strata: (N,) class labels; blocks are resampled within them.
         blocks: (N,) block labels.
         draws: bootstrap resamples.
-        seed: of the resampling.
+        seed: seed of the resampling.
     """
     sample = _split_lone_blocks(Sample(features=np.zeros((len(strata), 1)), strata=strata, blocks=blocks))
     resampled = [statistic(weights) for weights in _draw_weights(sample, draws, np.random.default_rng(seed))]
@@ -209,7 +209,7 @@ def two_sample_scores(a: Sample, b: Sample, *, folds: int = 5, seed: int = 0) ->
         a: one set, (N, D) features.
         b: the other set, (M, D).
         folds: parts the blocks are dealt into; fewer where there are fewer blocks.
-        seed: of the deal.
+        seed: seed of the deal.
 
     Returns:
         (N,) and (M,) scores; 0 everywhere where a side has a single block.

@@ -27,7 +27,7 @@ def hierarchical(statistic: Statistic, *arrays: Floats, draws: int = 1000, seed:
         statistic: takes arrays (..., P, S) and returns (..., P), a value per prompt: over seeds, on the last axis.
         arrays: (P, S) each, prompts by seeds, drawn together, so that pairs stay pairs.
         draws: bootstrap resamples.
-        seed: of the resampling.
+        seed: seed of the resampling.
 
     With one prompt the seeds alone are drawn. With one seed as well the interval is the value.
     """

@@ -58,7 +58,7 @@ class Generated:
         base_model: name of the model as it was typed, empty if the records do not say.
         base_hash: its hash, empty if unknown.
         adapters: path and strength of each adapter, as the records have them.
-        adapter_hashes: of their files.
+        adapter_hashes: hashes of the files of the adapters.
     """
 
     pictures: tuple[GeneratedSlice, ...]
