@@ -31,6 +31,7 @@ import tyro
 import yaml
 
 from configs.errors import TisserandError, UsageError
+from configs.last_word import repeat_below_launcher, tell_launcher
 from configs.options import Given, Option, convert, options_of, read_words, read_yaml, registry
 
 C = TypeVar("C")
@@ -85,6 +86,7 @@ def command(config_class: type[C], main: Callable[[C], None]) -> None:
 
     An error is one line on stderr, from rank 0, and the code of its kind (``configs.errors``); 1 for a full disk, for
     memory and for what nobody foresaw; 130 when interrupted and 143 when terminated. ``--debug`` adds the traceback.
+    Under a launcher, which adds a traceback of its own, the line is written once more below that.
     """
     signal.signal(signal.SIGTERM, _terminate)
     # Before anything imports them: they give notices about packages that nobody asked for.
@@ -96,8 +98,14 @@ def command(config_class: type[C], main: Callable[[C], None]) -> None:
         code, message = _verdict(error)
         if "--debug" in sys.argv:
             traceback.print_exc()
+        line = f"error: {one_line(message)}"
+        is_failure = isinstance(error, Exception)  # not an end that somebody asked for
+        if is_failure:
+            tell_launcher(line)
         if int(os.environ.get("RANK") or os.environ.get("LOCAL_RANK") or 0) <= 0:
-            print("error:", one_line(message), file=sys.stderr)
+            print(line, file=sys.stderr, flush=True)
+            if is_failure:
+                repeat_below_launcher(line)
         sys.exit(code)
 
 
