@@ -14,7 +14,10 @@ from configs.last_word import is_launcher
 
 ROOT = Path(__file__).parents[2]
 BIN = Path(sys.executable).parent
-REFUSED = "finetune/lora.py --rank 0 --pretrained_model_name_or_path m --train_data_dir d --output_dir o".split()
+REFUSED = [
+    *("finetune/lora.py", "--rank", "0", "--pretrained_model_name_or_path", "m"),
+    *("--train_data_dir", "d", "--output_dir", "o"),
+]
 LINE = "error: --rank 0: must be above 0"
 
 pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="needs Linux's word of another's end")
