@@ -191,7 +191,7 @@ def leak_figures(config: DriftBenchmarkConfig) -> dict[str, Any]:
 
     from eval.forgetting.leak import is_leaked, read_slices
     from eval.forgetting.light import LightDrift, few_probes
-    from eval.forgetting.verdicts import GUARD
+    from eval.forgetting.policy import GUARD
     from finetune.diffusion.config import SamplingConfig
     from finetune.diffusion.models import load_models
     from prompts.probe_lists import read_probes

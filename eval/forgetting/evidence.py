@@ -11,10 +11,6 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-MIN_RECALL = 0.9
-MAX_FALSE_ALARM = 0.1  # of 48 pictures, 5 % would be two; the base's own share is the floor of each score anyway
-
-
 @dataclass(frozen=True, kw_only=True)
 class Evidence:
     """Everything that was made with the models, before any of it is judged.

@@ -25,6 +25,8 @@ from eval.tiles.features import cover, read_grey, to_grey
 from finetune.diffusion.models import Models
 from finetune.diffusion.vae import decode, slice_latents
 
+MIN_RECALL = 0.9
+MAX_FALSE_ALARM = 0.1  # of 48 pictures, 5 % would be two; the base's own share is the floor of each score anyway
 LEAKED_SHARE = 0.3
 """A picture with more than this share of slice-like patches counts as leaked."""
 PATCH_RECALL = 0.9
@@ -86,6 +88,58 @@ class LeakNet:
         rows, columns = (_places(side, self.patch) for side in grey.shape)
         patches = np.stack([grey[r : r + self.patch, c : c + self.patch] for r in rows for c in columns])
         return self.net(_as_tensor(patches)).double().numpy()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Learned:
+    """A network that recognises training slices, and how it does on what it has not seen.
+
+    Attributes:
+        net: the network.
+        found: of each held-out slice, 1 if it was found, else 0.
+        alarms: of each picture the base made of a probe, 1 if it was taken for a slice, else 0.
+    """
+
+    net: LeakNet
+    found: Floats
+    alarms: Floats
+
+    @property
+    def recall(self) -> float:
+        """Share of held-out slices that it finds."""
+        return float(self.found.mean())
+
+    @property
+    def false_alarm(self) -> float:
+        """Share of the base's pictures that it takes for slices."""
+        return float(self.alarms.mean())
+
+    @property
+    def is_blind(self) -> bool:
+        """Whether it cannot be trusted."""
+        return self.recall < MIN_RECALL or self.false_alarm > MAX_FALSE_ALARM
+
+
+def learn_slices(
+    slices: Sequence[Grey],
+    others: Sequence[NDArray[np.uint8]],
+    *,
+    held_out: Sequence[Grey],
+    base: Sequence[NDArray[np.uint8]] | NDArray[np.uint8],
+    seed: int = 0,
+) -> Learned:
+    """Train the network that recognises training slices, set its threshold, and test it.
+
+    Args:
+        slices: real training slices, as they are and after the VAE, (H, W) uint8.
+        others: pictures the base model made, (H, W, 3) uint8.
+        held_out: slices after the VAE that are not trained on; every other one sets the threshold, the rest test it.
+        base: other pictures of the base model, (N, H, W, 3) uint8, to count false alarms on.
+        seed: of the training.
+    """
+    net = train_leak_net(slices, others, seed=seed).calibrated(held_out[::2])
+    found, alarms = (is_leaked(net.patch_shares(pictures)) for pictures in (held_out[1::2], base))
+    return Learned(net=net, found=found, alarms=alarms)
 
 
 def train_leak_net(slices: Sequence[Grey], others: Sequence[NDArray[np.uint8]], *, seed: int = 0) -> LeakNet:

@@ -2,7 +2,8 @@
 
 A pulse compares predictions, without a picture: seconds. A check makes pictures and judges them as ``eval.drift`` does.
 
-Shapes: probes P, captions C, seeds S, latents (P or C, 1, 4, h, w), predictions (P or C, 1, T, 4, h, w).
+Shapes: P is the number of probes, C of captions, S of seeds and T of timesteps. Latents are (P, 1, 4, h, w) of the
+probes and (C, 1, 4, h, w) of the captions; predictions are (P, 1, T, 4, h, w) and (C, 1, T, 4, h, w).
 """
 
 from __future__ import annotations
@@ -19,10 +20,11 @@ from torch import Tensor
 
 from data_prep.folders.results import Result
 from eval.forgetting.divergence import divergence, divergence_parts
-from eval.forgetting.evidence import MAX_FALSE_ALARM, MIN_RECALL, Evidence
-from eval.forgetting.leak import LeakNet, is_leaked, round_trip, train_leak_net
+from eval.forgetting.evidence import Evidence
+from eval.forgetting.leak import LeakNet, learn_slices, round_trip
+from eval.forgetting.policy import Policy
 from eval.forgetting.scores import score_drift
-from eval.forgetting.verdicts import MIN_PICTURES, Policy
+from eval.forgetting.verdicts import MIN_PICTURES
 from eval.stats.arrays import Grey
 from finetune.diffusion.config import SamplingConfig
 from finetune.diffusion.fixed_noise import predictions
@@ -148,13 +150,12 @@ class LightDrift:
         if len(slices) < FEWEST_SLICES:
             return None, f"{len(slices)} training images are too few to recognise them by"
         again, base = (kept[name].flatten(0, 1).numpy() for name in ("pictures_again", "pictures"))
-        learned, through = slices[::2], round_trip(self.models, slices)
-        net = train_leak_net([*learned, *through[::2]], list(again)).calibrated(through[1::4])
-        recall = is_leaked(net.patch_shares(through[3::4])).mean()
-        alarms = is_leaked(net.patch_shares(base)).mean()
-        if recall < MIN_RECALL or alarms > MAX_FALSE_ALARM:
-            return None, f"detector blind: finds {recall:.0%} of slices, and {alarms:.0%} of the base's pictures"
-        return net, ""
+        through = round_trip(self.models, slices)
+        learned = learn_slices([*slices[::2], *through[::2]], list(again), held_out=through[1::2], base=base)
+        if learned.is_blind:
+            said = f"finds {learned.recall:.0%} of slices, and {learned.false_alarm:.0%} of the base's pictures"
+            return None, f"detector blind: {said}"
+        return learned.net, ""
 
     def _sample(self, probes: Sequence[Probe], first_seed: int) -> tuple[Tensor, NDArray[np.uint8]]:
         """Return latents (P * S, 4, h, w) and pictures (P, S, H, W, 3) of the probes."""

@@ -75,6 +75,8 @@ CLIP_SIMILARITY = Number(name="clip_similarity", unit="cosine", bad="low", tier=
 DINOV2_SIMILARITY = Number(
     name="dinov2_similarity", unit="cosine", bad="low", tier="B", card="alike (DINOv2)", card_place=8
 )
+LEAK_RECALL = Number(name="leak_recall", unit="share", bad="low")
+LEAK_FALSE_ALARM = Number(name="leak_false_alarm", unit="share", bad="high")
 WORST_PROMPT = Number(
     name="worst_prompt",
     bad="low",
@@ -121,6 +123,8 @@ NUMBERS = (
     DIVERGENCE,
     DIVERGENCE_RATIO,
     *(score.number for score in SCORES),
+    LEAK_RECALL,
+    LEAK_FALSE_ALARM,
     WORST_PROMPT,
     SWEEP_WORST_PROMPT,
     SWEEP_CAPTIONS_MOVED,

@@ -17,6 +17,7 @@ from eval.forgetting.divergence import divergence_parts
 from eval.forgetting.evidence import Evidence, Views
 from eval.forgetting.leak import LeakNet
 from eval.forgetting.picture_scores import Measured, Score
+from eval.forgetting.policy import GUARD, Limits, Policy
 from eval.forgetting.reported import (
     DIVERGENCE,
     DIVERGENCE_RATIO,
@@ -27,7 +28,7 @@ from eval.forgetting.reported import (
     WORST_PROMPT,
     DriftScore,
 )
-from eval.forgetting.verdicts import GUARD, Limits, Policy, judge_prompt, judge_set, worst
+from eval.forgetting.verdicts import judge_prompt, judge_set, worst
 from eval.stats.arrays import Floats
 from eval.stats.distances import Interval
 from eval.stats.intervals import hierarchical, interval_of, ratio_of_means, resample

@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 
+from eval.forgetting.policy import GUARD
 from eval.forgetting.reported import FOLLOWED
-from eval.forgetting.verdicts import GUARD
 from eval.page.inputs import ReportedRun, data_uri, part
 
 SETS = {

@@ -20,8 +20,9 @@ from eval.forgetting.colour import colourfulness, luminance, saturation
 from eval.forgetting.divergence import divergence_parts
 from eval.forgetting.evidence import Evidence
 from eval.forgetting.leak import LeakNet, train_leak_net
+from eval.forgetting.policy import FAR, GUARD, LIMITS, Limits, read_policy
 from eval.forgetting.scores import score_drift
-from eval.forgetting.verdicts import FAR, GUARD, LIMITS, Limits, judge_prompt, judge_set, read_policy
+from eval.forgetting.verdicts import judge_prompt, judge_set
 from eval.page.words import NUMBERS
 from eval.stats.distances import Interval
 from eval.stats.intervals import chance_of_hits, hierarchical, noise_band, ratio_of_means, share_interval

@@ -8,7 +8,7 @@ import pytest
 
 from configs.errors import UsageError
 from data_prep.worlds.shapes import COLOURS, HELD_OUT, SHAPES, TEXTURES, Scene
-from eval.forgetting.verdicts import LIMITS
+from eval.forgetting.policy import LIMITS
 from prompts.grids import make_grid, read_grid, read_prompts, write_grid
 from prompts.probe_lists import Probe, probes_hash, read_probes, shared_token_probes, write_probes
 from prompts.probes import ProbesConfig, main

@@ -34,6 +34,7 @@ from data_prep.folders.publish import write_whole
 from data_prep.folders.run_folder import DRIFT, DRIFT_FOLDER, SELECTION
 from eval.forgetting.leak import LeakNet
 from eval.forgetting.light import LightDrift, few_captions, few_probes
+from eval.forgetting.policy import GUARD, read_policy
 from eval.forgetting.selection import (
     Check,
     copying_interval,
@@ -43,7 +44,6 @@ from eval.forgetting.selection import (
     why_selected,
     why_stop,
 )
-from eval.forgetting.verdicts import GUARD, read_policy
 from eval.tiles.features import cover, read_grey
 from finetune.core.learns.averages import Averages
 from finetune.core.learns.trainable import Learns
