@@ -110,6 +110,43 @@ def test_table_says_of_every_flag_what_it_does(flag: str) -> None:
     assert re.fullmatch(r"same([:;] .+)?|refused: .+", TABLE[flag].here)
 
 
+ZERO_IS_TAKEN = {
+    *(
+        "num_validation_images",
+        "checkpoints_total_limit",
+        "lr_warmup_steps",
+        "seed",
+        "noise_offset",
+        "input_perturbation",
+    ),
+    *("dataloader_num_workers", "max_grad_norm", "prior_loss_weight", "adam_weight_decay", "lora_dropout"),
+}
+ZERO_IS_NOT = {
+    *(
+        "validation_epochs",
+        "validation_steps",
+        "checkpointing_steps",
+        "max_train_samples",
+        "snr_gamma",
+        "learning_rate",
+    ),
+    *("max_train_steps", "num_train_epochs", "gradient_accumulation_steps", "train_batch_size", "adam_epsilon", "rank"),
+    *("lr_num_cycles", "lr_power", "num_vectors", "repeats", "save_steps", "num_class_images", "sample_batch_size"),
+}
+
+
+@pytest.mark.parametrize("flag", sorted(ZERO_IS_TAKEN | ZERO_IS_NOT))
+def test_zero_is_taken_where_it_means_something(flag: str) -> None:
+    config_class, _ = of_recipe(next(iter(TABLE[flag].defaults)))
+    words = [*least(next(iter(TABLE[flag].defaults))), f"--{flag}", "0"]
+    if flag in ZERO_IS_TAKEN:
+        load(config_class, words)
+        assert "must be above 0" not in TABLE[flag].here
+    else:
+        with pytest.raises(UsageError, match=f"--{flag} 0.*: must be above 0"):
+            load(config_class, words)
+
+
 def test_only_these_are_refused() -> None:
     refused = {flag for flag, row in TABLE.items() if "refused" in row.here.replace("refused with", "")}
     dream = {"dream_training", "dream_detail_preservation"}

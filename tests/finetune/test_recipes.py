@@ -79,6 +79,11 @@ def test_a_run_leaves_exactly_these_files(train: Train) -> None:
     assert [row["step"] for row in untimed(folder / "metrics.jsonl")] == [2, 4, 6, 8]
 
 
+def test_no_pictures_a_prompt_are_no_previews(train: Train) -> None:
+    folder = train("--validation_prompt", "sf_dry", "--num_validation_images", 0, "--max_train_steps", 2)
+    assert [name for name in files_of(folder) if name.startswith("previews")] == []
+
+
 def test_previews_leave_training_as_it_was(train: Train, tmp_path: Path) -> None:
     plain = (train() / LORA_FILE).read_bytes()
     train("--output_dir", tmp_path / "b", "--validation_prompt", "sf_dry", "--validation_steps", 2)
@@ -285,9 +290,10 @@ def test_trackers_get_what_metrics_get_and_lose_it_on_going_back(train: Train) -
     assert [value for _, value in seen] == pytest.approx([value for _, value in expected])
 
 
-def test_only_so_many_checkpoints_are_kept(train: Train) -> None:
-    folder = train("--checkpointing_steps", 2, "--checkpoints_total_limit", 2)
-    assert sorted(path.name for path in folder.glob("checkpoint-*")) == ["checkpoint-6", "checkpoint-8"]
+@pytest.mark.parametrize(("limit", "kept"), [(2, ["checkpoint-6", "checkpoint-8"]), (0, ["checkpoint-8"])])
+def test_only_so_many_checkpoints_are_kept_and_the_newest_always(train: Train, limit: int, kept: list[str]) -> None:
+    folder = train("--checkpointing_steps", 2, "--checkpoints_total_limit", limit)
+    assert sorted(path.name for path in folder.glob("checkpoint-*")) == kept
 
 
 @pytest.mark.parametrize(

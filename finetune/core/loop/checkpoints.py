@@ -107,7 +107,7 @@ def write(
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     if limit is not None:
-        for old in checkpoints(folder)[:-limit]:
+        for old in checkpoints(folder)[: -max(1, limit)]:
             remove(old)
     return target
 

@@ -93,7 +93,7 @@ class TrainConfig:
     checkpointing_steps: int = 500
     """Steps between checkpoints."""
     checkpoints_total_limit: int | None = None
-    """Checkpoints to keep; all if absent."""
+    """Checkpoints to keep; all if absent. The newest is kept with 0, too."""
     resume_from_checkpoint: str | None = None
     """`latest` (what happens anyway), the name of a checkpoint in output_dir, or the path of one."""
     logging_steps: int = 10
@@ -118,13 +118,13 @@ class TrainConfig:
             learning_rate=self.learning_rate,
             adam_epsilon=self.adam_epsilon,
             checkpointing_steps=self.checkpointing_steps,
-            checkpoints_total_limit=self.checkpoints_total_limit,
             logging_steps=self.logging_steps,
             lr_num_cycles=self.lr_num_cycles,
             lr_power=self.lr_power,
         )
         need_not_negative(
             seed=self.seed,
+            checkpoints_total_limit=self.checkpoints_total_limit,
             lr_warmup_steps=self.lr_warmup_steps,
             adam_weight_decay=self.adam_weight_decay,
             max_grad_norm=self.max_grad_norm,

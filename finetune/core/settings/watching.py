@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from configs.checks import need_positive, refuse
+from configs.checks import need_not_negative, need_positive, refuse
 from finetune.diffusion.config import Sampler
 
 PREVIEW_SAMPLERS: dict[str, Sampler] = {"DPMSolverMultistepScheduler": "dpmsolver++", "DDPMScheduler": "ddpm"}
@@ -20,7 +20,8 @@ class WatchConfig:
     heldout_steps: int | None = None
     """Steps between looks at the loss on held-out and on training images (heldout.jsonl); none if absent. Ours."""
     validation_data_dir: Path | None = None
-    """Folder of the held-out images; `validation` beside the training folder if absent. Ours."""
+    """Folder of the held-out images; `validation` beside the training folder if absent. Needs --heldout_steps or
+    --drift_probes, which look at them. Ours."""
     heldout_images: int = 64
     """Held-out images, and training images, in a look; every caption about equally often. Ours."""
     heldout_timesteps: int = 4
@@ -33,8 +34,6 @@ class WatchConfig:
             heldout_images=self.heldout_images,
             heldout_timesteps=self.heldout_timesteps,
         )
-        if self.validation_data_dir is not None and self.heldout_steps is None:
-            raise refuse("validation_data_dir", self.validation_data_dir, "needs --heldout_steps, how often to look")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,7 +68,7 @@ class PreviewConfig:
     validation_prompts: tuple[str, ...] = ()
     """More of them, as train_text_to_image.py spells it."""
     num_validation_images: int = 4
-    """Pictures a prompt."""
+    """Pictures a prompt; 0: no previews."""
     validation_images: tuple[Path, ...] = ()
     """Pictures that previews start from, half forgotten, instead of from noise: one picture of each a prompt."""
     validation_epochs: int | None = 1
@@ -81,8 +80,8 @@ class PreviewConfig:
 
     def __post_init__(self) -> None:
         """Check ranges."""
+        need_not_negative(num_validation_images=self.num_validation_images)
         need_positive(
-            num_validation_images=self.num_validation_images,
             validation_epochs=self.validation_epochs,
             validation_steps=self.validation_steps,
         )

@@ -226,10 +226,11 @@ def watch_losses(
         averages: of what learns.
         heldout: where held-out images are.
         learns_text: the text encoder, or rows of its tokens, learn.
-        for_drift: somebody else looks at these images, too; without ``--heldout_steps`` only if the folder is there.
+        for_drift: somebody else looks at these images, too; without ``--heldout_steps`` only if the folder is there
+            or was named.
 
     Raises:
-        UsageError: there is no such folder, or the weights are spread over processes.
+        UsageError: there is no such folder; nothing looks at the one named; the weights are spread over processes.
         InputError: as ``images.read_folder``; or all images of the folder are trained on.
     """
     run, models = opened.run, opened.models
@@ -237,18 +238,19 @@ def watch_losses(
         pictures, center_crop=True, random_crop=False, cache_crops=0, random_flip=False, flips={}
     )
     sets: dict[str, list[Picture]] = {}
-    flag, folder = "--validation_data_dir", config.validation_data_dir
-    folder = folder or heldout.beside.resolve().parent / "validation"
-    if config.heldout_steps is not None or (for_drift and folder.is_dir()):
+    flag, named = "--validation_data_dir", config.validation_data_dir
+    folder = named or heldout.beside.resolve().parent / "validation"
+    if named is not None and config.heldout_steps is None and not for_drift:
+        raise UsageError(f"{flag} {named}: needs --heldout_steps, how often to look, or --drift_probes")
+    asked = f"{flag} {named}" if config.heldout_steps is None else f"--heldout_steps {config.heldout_steps}"
+    if config.heldout_steps is not None or named is not None or (for_drift and folder.is_dir()):
         if run.accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED):
             raise UsageError(
-                f"--heldout_steps {config.heldout_steps}: not with {run.accelerator.distributed_type.value}, where no "
+                f"{asked}: not with {run.accelerator.distributed_type.value}, where no "
                 "process holds the whole model; leave it out"
             )
         if not folder.is_dir():
-            raise UsageError(
-                f"--heldout_steps {config.heldout_steps}: there is no folder {folder}; name one with {flag}"
-            )
+            raise UsageError(f"{asked}: there is no folder {folder}; name one with {flag}")
         found = read_folder(
             folder,
             flag,

@@ -49,15 +49,15 @@ class Previews:
         epochs = self.config.validation_epochs
         every = self.config.validation_steps or (epochs * self.steps_per_epoch if epochs else _EVERY_STEPS)
         is_due = step % every == 0 or step == self.run.total_steps
-        prompts, count = self.config.prompts, self.config.num_validation_images
-        if not (self.run.is_main and prompts and is_due) or self.run.train.dry_run:
+        prompts = self.config.prompts
+        count = len(self.config.validation_images) or self.config.num_validation_images
+        if not (self.run.is_main and prompts and count and is_due) or self.run.train.dry_run:
             return False
         from eval.tiles.contact_sheet import contact_sheet
         from finetune.diffusion.sampling import sample_latents
         from finetune.diffusion.vae import decode
 
         starts = self._starts() * len(prompts)
-        count = len(self.config.validation_images) or count
         requests = [(prompt, seed) for prompt in prompts for seed in range(count)]
         settings = SamplingConfig(scheduler=self.config.sampler, height=self.shape[0], width=self.shape[1])
         averaged = self.averages.in_place() if self.averages else nullcontext()

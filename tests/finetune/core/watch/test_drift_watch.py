@@ -117,6 +117,14 @@ def test_pictures_and_losses_are_checked_at_the_start_at_checkpoints_and_at_the_
     assert checks[-1]["losses"] != checks[0]["losses"]
 
 
+def test_checks_of_drift_look_at_the_held_out_images_that_were_named(train: Train, tmp_path: Path) -> None:
+    named = write_images(tmp_path / "named", 2, 3)
+    folder = train("named", "--validation_data_dir", named, "--drift_policy", "report", "--max_train_steps", 1)
+    assert {len(check["losses"]["validation"]) for check in rows_of(folder, "check")} == {3}
+    with pytest.raises(UsageError, match=r"--validation_data_dir .*: there is no folder"):
+        train("nothing", "--validation_data_dir", tmp_path / "nothing")
+
+
 def test_under_report_the_run_goes_to_its_end_and_keeps_the_last_weights(reported: Path) -> None:
     told = selection_of(reported)
     assert (told["selected_step"], told["last_step"], told["ended"], told["saved_steps"]) == (6, 6, "", 0)

@@ -20,7 +20,6 @@ from configs.errors import InputError, UsageError
 from configs.load import load
 from data_prep.folders.run_folder import EMBEDDINGS_FILE, LORA_FILE
 from finetune.core.pictures.images import CaptionedImage
-from finetune.core.settings.watching import WatchConfig
 from finetune.core.watch.losses import spread_over_captions, summary
 from finetune.diffusion.denoiser import Denoiser
 from finetune.lora import LoraRun, main
@@ -207,9 +206,9 @@ def test_without_a_folder_the_option_says_so(train: Train, tmp_path: Path) -> No
         train("--heldout_steps", 3)
 
 
-def test_a_folder_without_looks_is_refused() -> None:
-    with pytest.raises(ValueError, match="--validation_data_dir x: needs --heldout_steps"):
-        WatchConfig(validation_data_dir=Path("x"))
+def test_a_folder_that_nothing_looks_at_is_refused(train: Train, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"--validation_data_dir .*: needs --heldout_steps, .* or --drift_probes"):
+        train("--validation_data_dir", tmp_path / "data" / "validation")
 
 
 def test_the_interval_is_that_of_a_t_test() -> None:
