@@ -79,7 +79,6 @@ def fixed_losses(config: TrainingConfig, place: Place, method: str, folder: Path
     """Return the mean loss of what an arm saved, or of the base model, on the fixed list."""
     import torch
 
-    from finetune.core.data.latents import encode
     from finetune.core.loss import denoising_loss
     from finetune.core.pictures.images import read_folder
     from finetune.core.pictures.pictures import CENTRE, Picture, load_pixels
@@ -89,6 +88,7 @@ def fixed_losses(config: TrainingConfig, place: Place, method: str, folder: Path
     from finetune.diffusion.models import load_models
     from finetune.diffusion.noise import from_scheduler
     from finetune.diffusion.text import encode_prompts
+    from finetune.diffusion.vae import encode, scaled_latents
 
     whole = folder is not None and method in ("full", "dreambooth")
     models = load_models(str(folder if whole else place.model))
@@ -108,7 +108,7 @@ def fixed_losses(config: TrainingConfig, place: Place, method: str, folder: Path
         for start in range(0, len(images), 8):
             chosen = slice(start, start + 8)
             pixels = load_pixels(pictures[chosen], [CENTRE] * len(pictures[chosen]), PictureConfig())
-            latents = encode(models.vae, pixels).mean * models.vae.config.scaling_factor
+            latents = scaled_latents(models.vae, encode(models.vae, pixels))
             embeds = encode_prompts(models, prompts[chosen])
             for band in range(NUM_TIMESTEPS):
                 noise = torch.randn(latents.shape, generator=random)

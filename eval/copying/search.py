@@ -16,8 +16,9 @@ from eval.copying.tile_sets import SearchTiles
 from eval.stats.arrays import Floats, Grey, Ints
 from eval.tiles.config import SlicesConfig
 from eval.tiles.encoders import Encoder, unit
-from eval.tiles.features import Tiles, vae_round_trip
+from eval.tiles.features import Tiles
 from finetune.diffusion.models import Models
+from finetune.diffusion.vae import round_trip
 from prompts.captions import caption
 from prompts.vocabulary import Vocabulary
 
@@ -67,7 +68,7 @@ def search(
     labels = sorted({cut.label for cut in tiles.reference.cuts})
 
     def through_vae(pixels: Grey) -> Grey:
-        return vae_round_trip(models.vae, pixels) if models is not None and len(pixels) else pixels
+        return round_trip(models.vae, pixels) if models is not None and len(pixels) else pixels
 
     reference, held_out, generated = (
         _sought(part, part.pixels, labels) for part in (tiles.reference, tiles.held_out, tiles.generated)

@@ -206,7 +206,7 @@ def read_slices(split: Path, size: tuple[int, int], *, limit: int, seed: int = 0
 
 @torch.no_grad()
 def round_trip(models: Models, slices: Sequence[Grey], *, batch_size: int = 16) -> list[Grey]:
-    """Return the slices after the model's VAE: encoded to the mean, decoded, grey again."""
+    """Return the slices as the model would give them: as latents at the scale it samples at, decoded, grey again."""
     latents = slice_latents(models, np.stack(slices), batch_size=batch_size)
     requests = [("VAE round trip of a slice", index) for index in range(len(slices))]
     return [to_grey(picture) for picture in decode(models, latents, requests, batch_size=batch_size)]

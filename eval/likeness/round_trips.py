@@ -8,10 +8,10 @@ from configs.errors import UsageError
 from eval.likeness.tile_sets import TileSets
 from eval.stats.arrays import Grey
 from eval.tiles.config import SlicesConfig
-from eval.tiles.features import vae_round_trip
 from eval.tiles.sets import Generated
 from finetune.diffusion.hashes import model_hash
 from finetune.diffusion.models import load_models
+from finetune.diffusion.vae import round_trip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,5 +50,5 @@ def round_trips(slices: SlicesConfig, generated: Generated, tiles: TileSets, *, 
         return RoundTrips(why_missing=f"no VAE round trip: {error}")
     if not typed and generated.base_hash not in {"", found}:
         print(f"note: {name} has changed since these slices were generated; the VAE round trip is that of the new one")
-    held_out, aside = (vae_round_trip(vae, part.pixels) for part in (tiles.held_out, tiles.aside))
+    held_out, aside = (round_trip(vae, part.pixels) for part in (tiles.held_out, tiles.aside))
     return RoundTrips(held_out=held_out, aside=aside, model_hash=found)

@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,10 +16,6 @@ from PIL import Image
 
 from configs.errors import InputError
 from eval.stats.arrays import Grey
-
-if TYPE_CHECKING:
-    from diffusers import AutoencoderKL
-
 
 DEEP_MODES = {"I", "F", "I;16", "I;16B", "I;16L", "I;16N"}
 """Pillow's names of pixels of more than 8 bits, which it would cut off at 255."""
@@ -186,24 +181,3 @@ def match_histograms_to(pixels: Grey, reference: Grey) -> Grey:
 
     wanted = reference.reshape(1, -1)
     return np.stack([np.rint(match_histograms(tile, wanted)).astype(np.uint8) for tile in pixels])
-
-
-def vae_round_trip(vae: AutoencoderKL, pixels: Grey, *, batch_size: int = 32) -> Grey:
-    """Send grey tiles (N, h, w) through a VAE and back, without noise: the best any latent model can do.
-
-    Sides that the VAE cannot divide are mirrored up to the next multiple and cut again.
-    """
-    import torch
-
-    count, height, width = pixels.shape
-    factor = 2 ** (len(vae.config.block_out_channels) - 1)
-    padded = np.pad(pixels, ((0, 0), (0, -height % factor), (0, -width % factor)), mode="reflect")
-    parts = []
-    with torch.no_grad():
-        for start in range(0, count, batch_size):
-            batch = torch.from_numpy(padded[start : start + batch_size]).to(vae.device, vae.dtype)
-            batch = (batch / 127.5 - 1)[:, None].expand(-1, 3, -1, -1)
-            decoded = vae.decode(vae.encode(batch).latent_dist.mode()).sample
-            colour = ((decoded.float().clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1)
-            parts.append(np.stack([to_grey(picture) for picture in colour.cpu().numpy()]))
-    return np.concatenate(parts)[:, :height, :width]

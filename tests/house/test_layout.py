@@ -151,6 +151,19 @@ def test_files_functions_and_folders_are_small() -> None:
     assert large == []
 
 
+def test_only_the_diffusion_room_calls_a_unet_or_a_vae() -> None:
+    calls = []
+    for name, path in MODULES.items():
+        if room_of(name) == "finetune.diffusion":
+            continue
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Call) and re.search(
+                r"(\bvae\.(encode|decode)|\b(unet|vae)(\.forward)?)$", ast.unparse(node.func)
+            ):
+                calls.append(f"{name}:{node.lineno} calls {ast.unparse(node.func)}")
+    assert calls == []
+
+
 def test_data_preparation_and_settings_never_import_torch() -> None:
     heavy = {"torch", "diffusers", "transformers", "peft", "accelerate"}
     names = [name for name in MODULES if name.startswith(("data_prep", "configs", "finetune.core.settings"))]

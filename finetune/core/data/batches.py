@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from configs.errors import UsageError
-from finetune.core.data.latents import Latents, Moments, cached_latents, encode, sample
+from finetune.core.data.latents import Latents, cached_latents
 from finetune.core.pictures.flips import ways_to_show
 from finetune.core.pictures.images import CaptionedImage, raise_together
 from finetune.core.pictures.pictures import (
@@ -42,6 +42,7 @@ from finetune.diffusion.config import NoiseConfig
 from finetune.diffusion.draws import Draws, counter_seed, draw, permutation
 from finetune.diffusion.models import Models
 from finetune.diffusion.text import encode_prompts, tokenize
+from finetune.diffusion.vae import Moments, encode, scaled_latents
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -144,7 +145,7 @@ class CaptionedBatches:
         moments = self._moments([picture for picture, _ in rows], draws)
         spread = torch.stack([one.latent_noise for one in draws]).to(device, non_blocking=True)
         return Batch(
-            latents=sample(moments.mean, moments.std, spread, self.models.vae.config.scaling_factor),
+            latents=scaled_latents(self.models.vae, moments, spread),
             noise=torch.stack([one.noise for one in draws]).to(device, non_blocking=True),
             input_noise=torch.stack([one.input_noise for one in draws]).to(device, non_blocking=True),
             timesteps=torch.tensor([one.timestep for one in draws]).to(device, non_blocking=True),

@@ -25,6 +25,7 @@ from tqdm import tqdm
 from configs.errors import InputError
 from finetune.core.pictures.pictures import Picture, Place, Shape, check_decodable, load_pixels
 from finetune.core.settings.images import PictureConfig
+from finetune.diffusion.vae import Moments, encode
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL
@@ -33,17 +34,8 @@ if TYPE_CHECKING:
 
 _SHARD = 512  # images in a file of the cache: few files, and an interrupted run loses little
 _BATCH = 16  # images read together
-_ENCODED_PIXELS = 2 * 256 * 256  # and encoded together, or one: more are slower on a CPU, and take memory on a GPU
 _MOST_ON_DEVICE = 4 << 30  # bytes of latents kept beside the model on a GPU
 _MOST_IN_MEMORY = 256 << 20  # and on a CPU; more stay in the files of the cache, at some 50 us a picture
-
-
-@dataclass(frozen=True)
-class Moments:
-    """The VAE's posterior of N images: ``mean`` and ``std``, (N, 4, h, w) float32, not scaled."""
-
-    mean: Tensor
-    std: Tensor
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,20 +71,6 @@ class StoredLatents:
 
 
 Latents = CachedLatents | StoredLatents
-
-
-def sample(mean: Tensor, std: Tensor, noise: Tensor, scaling_factor: float) -> Tensor:
-    """Return scaled latents, (mean + std * noise) * scaling_factor, as the U-Net reads them."""
-    return (mean + std * noise) * scaling_factor
-
-
-@torch.no_grad()
-def encode(vae: AutoencoderKL, pixels: Tensor) -> Moments:
-    """Return the posterior of pixels in [-1, 1], computed in the VAE's dtype, on its device, few at a time."""
-    together = max(1, _ENCODED_PIXELS // (pixels.shape[-2] * pixels.shape[-1]))
-    posteriors = [vae.encode(part.to(vae.device, vae.dtype)).latent_dist for part in pixels.split(together)]
-    mean, std = (torch.cat([getattr(one, name) for one in posteriors]).float() for name in ("mean", "std"))
-    return Moments(mean, std)
 
 
 def cache_folder(root: Path, vae_hash: str, preprocessing: Mapping[str, object]) -> Path:

@@ -37,6 +37,7 @@ from finetune.diffusion.denoiser import Denoiser
 from finetune.diffusion.draws import counter_seed, draw, permutation
 from finetune.diffusion.models import evaluating
 from finetune.diffusion.text import encode_prompts, tokenize
+from finetune.diffusion.vae import scaled_latents
 
 Row = dict[str, object]
 
@@ -137,7 +138,7 @@ class Watch:
         noise = torch.stack([one.noise for one in draws]).to(device)
         prompts = [self.prompt_rows[picture.image.caption] for picture, _ in rows]
         return Batch(
-            latents=moments.mean * models.vae.config.scaling_factor,
+            latents=scaled_latents(models.vae, moments),
             noise=noise,
             input_noise=noise,
             timesteps=torch.tensor(timesteps, device=device),

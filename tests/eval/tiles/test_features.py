@@ -16,7 +16,6 @@ from eval.tiles.features import (
     resize,
     tile_corners,
     to_grey,
-    vae_round_trip,
 )
 
 
@@ -116,9 +115,10 @@ def test_matched_tiles_share_one_histogram() -> None:
 
 def test_the_vae_round_trip_keeps_shape_of_sides_it_cannot_divide(toy_sd: Path) -> None:
     from finetune.diffusion.models import load_models
+    from finetune.diffusion.vae import round_trip
 
     pixels = np.random.default_rng(0).integers(0, 256, (3, 30, 30), dtype=np.uint8)
     vae = load_models(str(toy_sd)).vae
-    once = vae_round_trip(vae, pixels)
+    once = round_trip(vae, pixels)
     assert (once.shape, once.dtype) == (pixels.shape, np.uint8)
-    np.testing.assert_array_equal(once, vae_round_trip(vae, pixels, batch_size=1))
+    np.testing.assert_array_equal(once, round_trip(vae, pixels, batch_size=1))

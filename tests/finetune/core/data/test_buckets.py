@@ -17,7 +17,6 @@ from PIL import Image
 
 from configs.errors import InputError
 from finetune.core.data.batches import CaptionedBatches, captioned_batches
-from finetune.core.data.latents import encode
 from finetune.core.pictures.images import CaptionedImage, read_folder, read_images
 from finetune.core.pictures.pictures import (
     CENTRE,
@@ -36,6 +35,7 @@ from finetune.diffusion.config import NoiseConfig
 from finetune.diffusion.draws import draw
 from finetune.diffusion.models import Models, load_models
 from finetune.diffusion.text import encode_prompts, tokenize
+from finetune.diffusion.vae import encode
 
 Build = Callable[..., CaptionedBatches]
 

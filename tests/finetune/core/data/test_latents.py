@@ -15,12 +15,11 @@ from finetune.core.data.latents import (
     StoredLatents,
     cache_folder,
     cached_moments,
-    encode,
     fill_cache,
     module_hash,
     read_moments,
-    sample,
 )
+from finetune.diffusion.vae import encode, scaled_latents
 
 KEYS = ["a", "b", "c"]
 SETTINGS = {"size": 32, "crop": "center"}
@@ -55,7 +54,7 @@ def test_moments_equal_the_posterior_of_diffusers(vae: AutoencoderKL) -> None:
     posterior = vae.encode(images).latent_dist
     noise = torch.randn(posterior.mean.shape, generator=torch.Generator().manual_seed(5))
     moments = encode(vae, images)
-    ours = sample(moments.mean, moments.std, noise, 0.18215)
+    ours = scaled_latents(vae, moments, noise)
     theirs = posterior.sample(generator=torch.Generator().manual_seed(5)) * 0.18215
     torch.testing.assert_close(ours, theirs, atol=1e-6, rtol=1e-6)
 
