@@ -114,7 +114,7 @@ def test_latents_left_in_the_files_are_those_in_memory(tmp_path: Path, vae: Auto
 def test_few_pictures_are_in_the_encoder_at_once(vae: AutoencoderKL, monkeypatch: pytest.MonkeyPatch) -> None:
     whole, seen = encode(vae, pixels([0, 1, 2])), []
     vae.encoder.register_forward_pre_hook(lambda _, given: seen.append(len(given[0])))
-    monkeypatch.setattr("finetune.core.data.latents._ENCODED_PIXELS", 2 * 32 * 32)
+    monkeypatch.setattr("finetune.diffusion.vae._PIXELS_AT_ONCE", 2 * 32 * 32)
     moments = encode(vae, pixels([0, 1, 2]))
     assert seen == [2, 1]
     torch.testing.assert_close(moments.mean, whole.mean, atol=1e-6, rtol=1e-5)
