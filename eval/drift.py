@@ -38,7 +38,7 @@ class DriftConfig:
     base: str | None = None
     """What a tuned pipeline folder came from; not needed with --adapter."""
     adapter: Repeatable[tuple[Path, ...]] = ()
-    """Run folder, LoRA file or embeddings file to judge; give it several times for several."""
+    """Run folder, a checkpoint in it, LoRA file or embeddings file to judge; give it several times for several."""
     adapter_scale: tuple[float, ...] = (1.0,)
     """Strength of the adapters, one for all or one each in their order; 0 leaves an adapter out exactly."""
     probes: str = "tiny"

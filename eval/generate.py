@@ -29,7 +29,7 @@ class GenerateConfig:
     pretrained_model_name_or_path: str
     """Pipeline folder, also one that a run saved, or a name on the hub."""
     adapter: Repeatable[tuple[Path, ...]] = ()
-    """Run folder, LoRA file or embeddings file to put on top; give it several times for several."""
+    """Run folder, a checkpoint in it, LoRA file or embeddings file to put on top; give it several times for several."""
     adapter_scale: tuple[float, ...] = (1.0,)
     """Strength of the adapters, one for all or one each in their order; 0 leaves an adapter out exactly."""
     prompts: tuple[str, ...] = ()

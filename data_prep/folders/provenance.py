@@ -10,8 +10,8 @@ import yaml
 
 
 def run_settings(adapter: Path) -> dict[str, object]:
-    """Return the ``config.yaml`` of the run that an adapter belongs to, empty if there is none."""
-    folder = adapter if adapter.is_dir() else adapter.parent
+    """Return the ``config.yaml`` of the run that an adapter, or a checkpoint, belongs to; empty if there is none."""
+    folder = adapter if (adapter / "config.yaml").is_file() else adapter.parent
     try:
         content = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import tempfile
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from configs.errors import InputError
 from data_prep.folders.run_folder import EMBEDDINGS_FILE, LORA_FILE, PROVENANCE_KEY
+from finetune.diffusion.checkpoint_adapters import weights_of, write_adapters
 from finetune.diffusion.config import NoiseConfig
 from finetune.diffusion.models import Models, as_pipeline
 from finetune.diffusion.noise import trained_scheduler
@@ -26,8 +28,8 @@ def load_adapter(models: Models, path: Path, *, scale: float = 1.0) -> dict[str,
 
     Args:
         models: changed in place.
-        path: a run folder, or a ``.safetensors`` file: a LoRA in diffusers' or kohya's layout, or an embedding (Textual
-            Inversion), told apart by what is in it.
+        path: a run folder, a checkpoint in one, or a ``.safetensors`` file: a LoRA in diffusers' or kohya's layout, or
+            an embedding (Textual Inversion), told apart by what is in it.
         scale: strength of a LoRA; an embedding is there unless it is 0. 0 gives the base model exactly.
 
     Returns:
@@ -54,11 +56,13 @@ def fold_adapters(models: Models) -> None:
 
 
 def adapter_files(path: Path) -> list[Path]:
-    """Return the weights that ``--adapter PATH`` stands for: the file itself, or those of a run folder.
+    """Return the weights that ``--adapter PATH`` stands for: the file itself, or those of a run or a checkpoint folder.
 
     Raises:
         InputError: there are none.
     """
+    if weights := weights_of(path):
+        return [weights]
     files = (
         [path / name for name in (EMBEDDINGS_FILE, LORA_FILE) if (path / name).is_file()] if path.is_dir() else [path]
     )
@@ -79,6 +83,10 @@ def adapter_files(path: Path) -> list[Path]:
 
 def _load_file(models: Models, path: Path, file: Path, scale: float) -> dict[str, object]:
     """Load one file by its content and return the provenance it carries."""
+    if weights_of(path) == file:
+        with tempfile.TemporaryDirectory() as folder:
+            loaded = [_load_file(models, path, part, scale) for part in write_adapters(file, Path(folder))]
+        return loaded[-1]
     from safetensors import SafetensorError, safe_open
 
     try:
