@@ -191,7 +191,7 @@ def replay(config: TrainingConfig, place: Place, method: str, record: Path) -> t
     batches = Recorded(batches=[batch_of(recorded, step) for step in range(RECORDED_STEPS)])
     denoiser = Denoiser(models.text_encoder, models.unet)
     with start_run(settings, settings, num_images=10**6, data_hash="", weights_file="none") as run:
-        steps = islice(train(run, denoiser, learns, batches, loss, settings), RECORDED_STEPS)
+        steps = islice(train(run, denoiser, learns, batches, loss), RECORDED_STEPS)
         ours = [float(step.loss) for step in steps]
     AcceleratorState._reset_state(reset_partial_state=True)
     return recorded["losses"][:RECORDED_STEPS].tolist(), torch.tensor(ours).tolist()

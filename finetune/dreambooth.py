@@ -18,15 +18,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from configs.load import command
-from finetune.core.settings.images import PictureConfig
-from finetune.core.settings.methods import EmaConfig, InstanceConfig, PriorConfig, TextEncoderConfig, check_folders
-from finetune.core.settings.model import HubConfig, ModelConfig, RefusedConfig
-from finetune.core.settings.training import ObjectiveConfig, TrainConfig
-from finetune.core.settings.watching import DriftWatchConfig, PreviewConfig, WatchConfig
-from finetune.diffusion.config import NoiseConfig
+from finetune.core.settings.methods import InstanceConfig, PriorConfig, TextEncoderConfig, check_folders
+from finetune.core.settings.recipe import RecipeConfig
+from finetune.core.settings.training import TrainConfig
+from finetune.core.settings.watching import PreviewConfig
 
 if TYPE_CHECKING:
-    from finetune.core.run import Opened
+    from finetune.core.parts import Method, Opened, Provenance
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,25 +40,16 @@ class DreamBoothTrainConfig(TrainConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
-class DreamBoothRun:
+class DreamBoothRun(RecipeConfig):
     """Settings of a DreamBooth run."""
 
-    model: ModelConfig
     instance: InstanceConfig
     train: DreamBoothTrainConfig
-    pictures: PictureConfig = field(default_factory=PictureConfig)
     text_encoder: TextEncoderConfig = field(default_factory=TextEncoderConfig)
     skip_save_text_encoder: bool = False
     """Leave the text encoder out of the pipeline folder; it then has to come from the base model."""
     prior: PriorConfig = field(default_factory=PriorConfig)
-    noise: NoiseConfig = field(default_factory=NoiseConfig)
-    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
-    ema: EmaConfig = field(default_factory=EmaConfig)
     previews: PreviewConfig = field(default_factory=lambda: PreviewConfig(validation_steps=100))
-    watch: WatchConfig = field(default_factory=WatchConfig)
-    drift: DriftWatchConfig = field(default_factory=DriftWatchConfig)
-    hub: HubConfig = field(default_factory=HubConfig)
-    refused: RefusedConfig = field(default_factory=RefusedConfig)
 
     def __post_init__(self) -> None:
         """Refuse what would lose what was learned, or mix subject and class."""
@@ -71,52 +60,40 @@ class DreamBoothRun:
 
 def main(config: DreamBoothRun) -> None:
     """Train the model and save it."""
-    from data_prep.folders.run_folder import PIPELINE_FILE, PIPELINE_PARTS
-    from finetune.core.open import open_run
-    from finetune.core.pictures.images import data_provenance, read_instance_images
+    from finetune.core import parts
 
-    images = read_instance_images(config.instance)
-    data = data_provenance(images, [config.instance.instance_data_dir])
-    with open_run(
-        config, images, data, weights_file=PIPELINE_FILE, more_files=PIPELINE_PARTS, prior=config.prior
-    ) as opened:
-        train_dreambooth(opened, config)
+    images = parts.read_instance_images(config.instance)
+    data = parts.data_provenance(images, [config.instance.instance_data_dir])
 
+    def method(opened: Opened) -> Method:
+        run, models = opened.run, opened.models
+        batches = parts.image_batches(opened, config, learns_text=config.text_encoder.train_text_encoder)
+        updates = parts.with_prior(batches, opened, config.prior, adapts=False)
+        lr, text_lr = parts.learning_rates(config.train, config.text_encoder, run.accelerator.num_processes)
+        learns = parts.all_weights(models, learning_rate=lr, text_encoder_rate=text_lr)
 
-def train_dreambooth(opened: Opened, config: DreamBoothRun) -> None:
-    """Train in a run that was opened, on images that passed the checks."""
-    from finetune.core.data.prior import with_prior
-    from finetune.core.learns.averages import Averages
-    from finetune.core.learns.optimizer import learning_rates
-    from finetune.core.learns.trainable import all_weights
-    from finetune.core.recipe import image_batches, train_and_save
-    from finetune.core.run import HeldOut
-    from finetune.core.save.weights import save_pipeline
+        def save(provenance: Provenance) -> Path:
+            return parts.save_pipeline(
+                run.folder, models, provenance, with_text_encoder=not config.skip_save_text_encoder
+            )
 
-    run, models = opened.run, opened.models
-    batches = image_batches(opened, config, learns_text=config.text_encoder.train_text_encoder)
-    updates = with_prior(batches, opened, config.prior, adapts=False)
-    rate, text_rate = learning_rates(config.train, config.text_encoder, run.accelerator.num_processes)
-    learns = all_weights(models, learning_rate=rate, text_encoder_rate=text_rate)
-    averages = Averages(learns, config.ema)
-    heldout = HeldOut(beside=config.instance.instance_data_dir, captions=config.instance.captions)
+        return parts.Method(
+            name="dreambooth",
+            batches=batches,
+            updates=updates,
+            learns=learns,
+            averages=parts.Averages(learns, config.ema),
+            heldout=parts.HeldOut(beside=config.instance.instance_data_dir, captions=config.instance.captions),
+            summary=f"DreamBooth: {learns.num_weights:,} weights learn",
+            save=save,
+            generate_options=()
+            if config.skip_save_text_encoder
+            else ("--pretrained_model_name_or_path", str(run.folder)),
+            prior=config.prior,
+        )
 
-    def save() -> Path:
-        provenance = opened.provenance("dreambooth", batches.shapes, config.prior)
-        return save_pipeline(run.folder, models, provenance, with_text_encoder=not config.skip_save_text_encoder)
-
-    train_and_save(
-        opened,
-        config,
-        batches=batches,
-        updates=updates,
-        learns=learns,
-        averages=averages,
-        heldout=heldout,
-        says=f"DreamBooth: {learns.num_weights:,} weights learn",
-        save=save,
-        uses=() if config.skip_save_text_encoder else ("--pretrained_model_name_or_path", str(run.folder)),
-    )
+    leaves = (parts.PIPELINE_FILE, *parts.PIPELINE_PARTS)
+    parts.run_method(config, images, data, method, leaves=leaves, prior=config.prior)
 
 
 if __name__ == "__main__":

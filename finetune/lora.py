@@ -16,93 +16,63 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from configs.load import command
-from finetune.core.settings.images import ImageFolderConfig, PictureConfig
-from finetune.core.settings.methods import EmaConfig, LoraConfig, PriorConfig, TextEncoderConfig
-from finetune.core.settings.model import HubConfig, ModelConfig, RefusedConfig
-from finetune.core.settings.training import ObjectiveConfig, TrainConfig
-from finetune.core.settings.watching import DriftWatchConfig, PreviewConfig, WatchConfig
-from finetune.diffusion.config import NoiseConfig
+from finetune.core.settings.images import ImageFolderConfig
+from finetune.core.settings.methods import LoraConfig, PriorConfig, TextEncoderConfig
+from finetune.core.settings.recipe import RecipeConfig
 
 if TYPE_CHECKING:
-    from finetune.core.run import Opened
+    from finetune.core.parts import Method, Opened, Provenance
 
 
 @dataclass(frozen=True, kw_only=True)
-class LoraRun:
+class LoraRun(RecipeConfig):
     """Settings of a LoRA run; defaults are those of diffusers' train_text_to_image_lora.py."""
 
-    model: ModelConfig
     images: ImageFolderConfig
-    train: TrainConfig
-    pictures: PictureConfig = field(default_factory=PictureConfig)
     lora: LoraConfig = field(default_factory=LoraConfig)
     text_encoder: TextEncoderConfig = field(default_factory=TextEncoderConfig)
     prior: PriorConfig = field(default_factory=PriorConfig)
-    noise: NoiseConfig = field(default_factory=NoiseConfig)
-    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
-    ema: EmaConfig = field(default_factory=EmaConfig)
-    previews: PreviewConfig = field(default_factory=PreviewConfig)
-    watch: WatchConfig = field(default_factory=WatchConfig)
-    drift: DriftWatchConfig = field(default_factory=DriftWatchConfig)
-    hub: HubConfig = field(default_factory=HubConfig)
-    refused: RefusedConfig = field(default_factory=RefusedConfig)
 
 
 def main(config: LoraRun) -> None:
     """Train the adapters and save them."""
-    from data_prep.folders.run_folder import LORA_FILE
-    from finetune.core.open import open_run
-    from finetune.core.pictures.hub_dataset import local_images
-    from finetune.core.pictures.images import data_provenance, read_images
+    from finetune.core import parts
 
-    config = replace(config, images=local_images(config.images, config.model.cache_dir))
-    images = read_images(config.images)
-    data = data_provenance(images, config.images.train_data_dir)
-    with open_run(config, images, data, weights_file=LORA_FILE, prior=config.prior) as opened:
-        train_lora(opened, config)
+    config = replace(config, images=parts.local_images(config.images, config.model.cache_dir))
+    images = parts.read_images(config.images)
+    data = parts.data_provenance(images, config.images.train_data_dir)
 
+    def method(opened: Opened) -> Method:
+        run, models = opened.run, opened.models
+        learns_text, balance = config.text_encoder.train_text_encoder, config.images.balanced_keys
+        batches = parts.image_batches(opened, config, learns_text=learns_text, balance=balance)
+        updates = parts.with_prior(batches, opened, config.prior, adapts=True)
+        lr, text_lr = parts.learning_rates(config.train, config.text_encoder, run.accelerator.num_processes)
+        models.unet.to(run.weight_dtype)
+        learns = parts.lora_adapters(models, config.lora, learning_rate=lr, seed=run.seed, text_encoder_rate=text_lr)
 
-def train_lora(opened: Opened, config: LoraRun) -> None:
-    """Train in a run that was opened, on images that passed the checks."""
-    from finetune.core.data.prior import with_prior
-    from finetune.core.learns.averages import Averages
-    from finetune.core.learns.optimizer import learning_rates
-    from finetune.core.learns.trainable import lora_adapters
-    from finetune.core.recipe import image_batches, train_and_save
-    from finetune.core.run import HeldOut
-    from finetune.core.save.weights import save_lora
+        def save(provenance: Provenance) -> Path:
+            return parts.save_lora(run.folder, models, provenance)
 
-    run, models = opened.run, opened.models
-    batches = image_batches(
-        opened, config, learns_text=config.text_encoder.train_text_encoder, balance=config.images.balanced_keys
-    )
-    updates = with_prior(batches, opened, config.prior, adapts=True)
-    rate, text_rate = learning_rates(config.train, config.text_encoder, run.accelerator.num_processes)
-    models.unet.to(run.weight_dtype)
-    learns = lora_adapters(models, config.lora, learning_rate=rate, seed=run.seed, text_encoder_rate=text_rate)
-    averages = Averages(learns, config.ema)
-    heldout = HeldOut(
-        beside=config.images.train_data_dir[0],
-        image_column=config.images.image_column,
-        caption_column=config.images.caption_column,
-    )
+        return parts.Method(
+            name="lora",
+            batches=batches,
+            updates=updates,
+            learns=learns,
+            averages=parts.Averages(learns, config.ema),
+            heldout=parts.HeldOut(
+                beside=config.images.train_data_dir[0],
+                image_column=config.images.image_column,
+                caption_column=config.images.caption_column,
+            ),
+            summary=f"LoRA: {learns.num_weights:,} weights learn",
+            save=save,
+            generate_options=("--pretrained_model_name_or_path", models.name, "--adapter", str(run.folder)),
+            prior=config.prior,
+        )
 
-    def save() -> Path:
-        provenance = opened.provenance("lora", batches.shapes, config.prior)
-        return save_lora(run.folder, models, provenance)
-
-    train_and_save(
-        opened,
-        config,
-        batches=batches,
-        updates=updates,
-        learns=learns,
-        averages=averages,
-        heldout=heldout,
-        says=f"LoRA: {learns.num_weights:,} weights learn",
-        save=save,
-        uses=("--pretrained_model_name_or_path", models.name, "--adapter", str(run.folder)),
-    )
+    leaves = (parts.LORA_FILE,)
+    parts.run_method(config, images, data, method, leaves=leaves, prior=config.prior)
 
 
 if __name__ == "__main__":

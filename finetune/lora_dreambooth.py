@@ -17,22 +17,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from configs.load import command
-from finetune.core.settings.images import PictureConfig
-from finetune.core.settings.methods import (
-    EmaConfig,
-    InstanceConfig,
-    LoraConfig,
-    PriorConfig,
-    TextEncoderConfig,
-    check_folders,
-)
-from finetune.core.settings.model import HubConfig, ModelConfig, RefusedConfig
-from finetune.core.settings.training import ObjectiveConfig, TrainConfig
-from finetune.core.settings.watching import DriftWatchConfig, PreviewConfig, WatchConfig
-from finetune.diffusion.config import NoiseConfig
+from finetune.core.settings.methods import InstanceConfig, LoraConfig, PriorConfig, TextEncoderConfig, check_folders
+from finetune.core.settings.recipe import RecipeConfig
+from finetune.core.settings.training import TrainConfig
+from finetune.core.settings.watching import PreviewConfig
 
 if TYPE_CHECKING:
-    from finetune.core.run import Opened
+    from finetune.core.parts import Method, Opened, Provenance
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,24 +39,15 @@ class LoraDreamBoothTrainConfig(TrainConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
-class LoraDreamBoothRun:
+class LoraDreamBoothRun(RecipeConfig):
     """Settings of a LoRA + DreamBooth run."""
 
-    model: ModelConfig
     instance: InstanceConfig
     train: LoraDreamBoothTrainConfig
-    pictures: PictureConfig = field(default_factory=PictureConfig)
     lora: LoraConfig = field(default_factory=LoraConfig)
     text_encoder: TextEncoderConfig = field(default_factory=TextEncoderConfig)
     prior: PriorConfig = field(default_factory=PriorConfig)
-    noise: NoiseConfig = field(default_factory=NoiseConfig)
-    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
-    ema: EmaConfig = field(default_factory=EmaConfig)
     previews: PreviewConfig = field(default_factory=lambda: PreviewConfig(validation_epochs=50))
-    watch: WatchConfig = field(default_factory=WatchConfig)
-    drift: DriftWatchConfig = field(default_factory=DriftWatchConfig)
-    hub: HubConfig = field(default_factory=HubConfig)
-    refused: RefusedConfig = field(default_factory=RefusedConfig)
 
     def __post_init__(self) -> None:
         """Refuse to mix subject and class."""
@@ -74,51 +56,37 @@ class LoraDreamBoothRun:
 
 def main(config: LoraDreamBoothRun) -> None:
     """Train the adapters and save them."""
-    from data_prep.folders.run_folder import LORA_FILE
-    from finetune.core.open import open_run
-    from finetune.core.pictures.images import data_provenance, read_instance_images
+    from finetune.core import parts
 
-    images = read_instance_images(config.instance)
-    data = data_provenance(images, [config.instance.instance_data_dir])
-    with open_run(config, images, data, weights_file=LORA_FILE, prior=config.prior) as opened:
-        train_lora_dreambooth(opened, config)
+    images = parts.read_instance_images(config.instance)
+    data = parts.data_provenance(images, [config.instance.instance_data_dir])
 
+    def method(opened: Opened) -> Method:
+        run, models = opened.run, opened.models
+        batches = parts.image_batches(opened, config, learns_text=config.text_encoder.train_text_encoder)
+        updates = parts.with_prior(batches, opened, config.prior, adapts=True)
+        lr, text_lr = parts.learning_rates(config.train, config.text_encoder, run.accelerator.num_processes)
+        models.unet.to(run.weight_dtype)
+        learns = parts.lora_adapters(models, config.lora, learning_rate=lr, seed=run.seed, text_encoder_rate=text_lr)
 
-def train_lora_dreambooth(opened: Opened, config: LoraDreamBoothRun) -> None:
-    """Train in a run that was opened, on images that passed the checks."""
-    from finetune.core.data.prior import with_prior
-    from finetune.core.learns.averages import Averages
-    from finetune.core.learns.optimizer import learning_rates
-    from finetune.core.learns.trainable import lora_adapters
-    from finetune.core.recipe import image_batches, train_and_save
-    from finetune.core.run import HeldOut
-    from finetune.core.save.weights import save_lora
+        def save(provenance: Provenance) -> Path:
+            return parts.save_lora(run.folder, models, provenance)
 
-    run, models = opened.run, opened.models
-    batches = image_batches(opened, config, learns_text=config.text_encoder.train_text_encoder)
-    updates = with_prior(batches, opened, config.prior, adapts=True)
-    rate, text_rate = learning_rates(config.train, config.text_encoder, run.accelerator.num_processes)
-    models.unet.to(run.weight_dtype)
-    learns = lora_adapters(models, config.lora, learning_rate=rate, seed=run.seed, text_encoder_rate=text_rate)
-    averages = Averages(learns, config.ema)
-    heldout = HeldOut(beside=config.instance.instance_data_dir, captions=config.instance.captions)
+        return parts.Method(
+            name="lora_dreambooth",
+            batches=batches,
+            updates=updates,
+            learns=learns,
+            averages=parts.Averages(learns, config.ema),
+            heldout=parts.HeldOut(beside=config.instance.instance_data_dir, captions=config.instance.captions),
+            summary=f"LoRA + DreamBooth: {learns.num_weights:,} weights learn",
+            save=save,
+            generate_options=("--pretrained_model_name_or_path", models.name, "--adapter", str(run.folder)),
+            prior=config.prior,
+        )
 
-    def save() -> Path:
-        provenance = opened.provenance("lora_dreambooth", batches.shapes, config.prior)
-        return save_lora(run.folder, models, provenance)
-
-    train_and_save(
-        opened,
-        config,
-        batches=batches,
-        updates=updates,
-        learns=learns,
-        averages=averages,
-        heldout=heldout,
-        says=f"LoRA + DreamBooth: {learns.num_weights:,} weights learn",
-        save=save,
-        uses=("--pretrained_model_name_or_path", models.name, "--adapter", str(run.folder)),
-    )
+    leaves = (parts.LORA_FILE,)
+    parts.run_method(config, images, data, method, leaves=leaves, prior=config.prior)
 
 
 if __name__ == "__main__":

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from typing import Protocol
 
 from configs.errors import UsageError
 from finetune.core.data.prior import check_prior
@@ -13,52 +12,27 @@ from finetune.core.pictures.images import CaptionedImage, data_hash
 from finetune.core.run import Opened
 from finetune.core.save.card import write_card
 from finetune.core.save.hub import check_hub, find_repository, push
-from finetune.core.settings.images import PictureConfig
 from finetune.core.settings.methods import PriorConfig
-from finetune.core.settings.model import HubConfig, ModelConfig
-from finetune.core.settings.training import TrainConfig
+from finetune.core.settings.recipe import RecipeConfig
 from finetune.core.start import start_run
-from finetune.diffusion.config import NoiseConfig
 from finetune.diffusion.hashes import model_hash
 from finetune.diffusion.models import check_folder, load_models
 from finetune.diffusion.noise import from_scheduler, trained_scheduler
 
 
-class Recipe(Protocol):
-    """What the settings of every recipe hold."""
-
-    @property
-    def model(self) -> ModelConfig:
-        """The Stable Diffusion to start from."""
-
-    @property
-    def noise(self) -> NoiseConfig:
-        """How pictures are made noisy."""
-
-    @property
-    def pictures(self) -> PictureConfig:
-        """How images become training pictures."""
-
-    @property
-    def train(self) -> TrainConfig:
-        """The loop."""
-
-    @property
-    def hub(self) -> HubConfig:
-        """Whether to upload what the run leaves."""
-
-
 @contextmanager
 def open_run(
-    config: Recipe,
+    config: RecipeConfig,
     images: list[CaptionedImage],
     data: dict[str, object],
     *,
     weights_file: str,
     more_files: tuple[str, ...] = (),
     prior: PriorConfig | None = None,
-) -> Iterator[Opened]:
+) -> Iterator[Opened | None]:
     """Check the base model, start or continue the run, load the model; for a ``with`` block.
+
+    Yields None where the run is finished already.
 
     When the block has ended well, the model card is written, and the folder uploaded with ``--push_to_hub``.
 
@@ -83,7 +57,7 @@ def open_run(
     ways_to_show(images, config.pictures)
     if prior is not None:
         check_prior(prior, base_hash)
-    with start_run(
+    started = start_run(
         config,
         config.train,
         num_images=len(images),
@@ -91,7 +65,11 @@ def open_run(
         weights_file=weights_file,
         more_files=more_files,
         base_hash=base_hash,
-    ) as run:
+    )
+    if started is None:
+        yield None
+        return
+    with started as run:
         pushes = config.hub.push_to_hub and run.is_main and not config.train.dry_run
         repository = find_repository(config.hub, run.folder) if pushes else None
         models = load_models(
@@ -119,7 +97,7 @@ def open_run(
             data=data,
             base={"name": name, "hash": base_hash},
         )
-        if run.is_main:
+        if run.is_main and not run.train.dry_run:
             write_card(run.folder)
         if repository is not None:
             run.say(f"uploaded to {push(config.hub, repository, run.folder)}")

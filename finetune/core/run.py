@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 
-@dataclass(kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class Run:
     """A run in progress, for a ``with`` block.
 
@@ -38,8 +38,7 @@ class Run:
         accelerator: devices, processes, autocast and trackers.
         train: the loop's settings.
         seed: the seed in force, drawn if none was given.
-        total_steps: optimizer updates of the whole run; of its weights, where an observer ended it or chose others.
-        planned_steps: as it began; whoever runs the command again finds it finished by these.
+        total_steps: optimizer updates of the whole run, as planned; an observer may end it before.
         config_hash: SHA-256 over the settings that can change what is learned.
         checkpoint: to continue from, or None.
         is_sharded: what is trained is split over the processes.
@@ -59,12 +58,7 @@ class Run:
     is_sharded: bool = False
     zero_stage: int = 0
     began: dict[str, Any] = field(default_factory=dict)
-    planned_steps: int = field(init=False)
     inputs: dict[str, str] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        """Keep the plan."""
-        self.planned_steps = self.total_steps
 
     @property
     def is_main(self) -> bool:
@@ -93,7 +87,7 @@ class Run:
         """Add what this run found out about its machine to environment.json."""
         if self.is_main and not self.train.dry_run:
             path = self.folder / ENVIRONMENT
-            write_whole(path, json.dumps(_read_json(path) | values, indent=2) + "\n")
+            write_whole(path, json.dumps(read_json(path) | values, indent=2) + "\n")
 
     def show(self, picture: Image, step: int) -> None:
         """Keep a preview as previews/step-000200.png and hand it to the trackers."""
@@ -113,12 +107,12 @@ class Run:
         if error is None:  # who leaves first takes the connection away that another may still use
             self.accelerator.wait_for_everyone()
         self.accelerator.end_training()
-        _free(self.folder, self.lock)
+        free_folder(self.folder, self.lock)
         if is_out_of_memory(error):
             raise TisserandError(f"out of memory; {advice(self.train)}") from error
 
 
-def _free(folder: Path, lock: TextIO | None) -> None:
+def free_folder(folder: Path, lock: TextIO | None) -> None:
     """Give the folder back; one in which nothing was written goes."""
     if lock is not None:
         (folder / LOCK).unlink(missing_ok=True)
@@ -127,7 +121,7 @@ def _free(folder: Path, lock: TextIO | None) -> None:
             folder.rmdir()
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
     """Return a JSON object, or an empty one if there is no file."""
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
 
@@ -159,7 +153,11 @@ class Opened:
         return self.run.accelerator.device
 
     def provenance(
-        self, method: str, shapes: Mapping[Shape, Mapping[str, int]], prior: PriorConfig | None = None
+        self,
+        method: str,
+        shapes: Mapping[Shape, Mapping[str, int]],
+        prior: PriorConfig | None = None,
+        steps: int | None = None,
     ) -> dict[str, Any]:
         """Return what the weights say about where they come from, and in which shapes pictures are made of them.
 
@@ -167,6 +165,7 @@ class Opened:
             method: name of the recipe.
             shapes: of the pictures, that of most first, with how often each caption comes with it.
             prior: what was preserved, if anything.
+            steps: updates that the weights have seen; all that were planned if absent.
         """
         height, width = next(iter(shapes))
         return {
@@ -181,8 +180,8 @@ class Opened:
                 for (rows, columns), captions in shapes.items()
             ],
             "scheduler": dict(self.models.scheduler.config),
-            "steps": self.run.total_steps,
-            "planned_steps": self.run.planned_steps,
+            "steps": self.run.total_steps if steps is None else steps,
+            "planned_steps": self.run.total_steps,
             **(prior.provenance if prior else {}),
         }
 

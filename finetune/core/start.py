@@ -15,6 +15,7 @@ from typing import Any, TextIO
 
 import torch
 import yaml
+from accelerate import Accelerator
 
 import configs.load
 from configs.errors import UsageError
@@ -33,7 +34,7 @@ from data_prep.folders.run_folder import (
 )
 from finetune.core.loop import checkpoints, sharding, zero
 from finetune.core.loop.launch import check_launch, environment, make_accelerator, set_threads
-from finetune.core.run import Run, _free, _read_json
+from finetune.core.run import Run, free_folder, read_json
 from finetune.core.settings.training import CHANGEABLE, TrainConfig
 
 _DECIDED = ("train_batch_size", "compiled")  # what the machine decided when the run began
@@ -51,8 +52,8 @@ def start_run(
     weights_file: str,
     more_files: tuple[str, ...] = (),
     base_hash: str | None = None,
-) -> Run:
-    """Start a run, or continue the one in ``--output_dir``; leave with 0 if it is finished.
+) -> Run | None:
+    """Start a run, or continue the one in ``--output_dir``; return None if that is finished.
 
     Nothing is written before the settings, the folder and the lock are found right.
 
@@ -71,24 +72,11 @@ def start_run(
             on; what differs is named.
     """
     folder = train.output_dir
-    check_launch(train)
-    is_sharded, zero_stage = sharding.is_asked(), zero.stage_asked()
-    if train.dry_run and train.overwrite:
-        raise UsageError("--dry_run: changes nothing; leave out --overwrite, which clears the folder")
-    accelerator = make_accelerator(train, folder)
-    threads = set_threads(accelerator)
-    if is_sharded:
-        sharding.check_settings(configs.load.as_dict(config), accelerator)
-    if zero_stage:
-        zero.check_settings(configs.load.as_dict(config), accelerator)
-    if train.local_rank not in (None, -1, accelerator.local_process_index):
-        place = accelerator.local_process_index
-        print(f"note: --local_rank {train.local_rank}: this process is {place} on its machine, as the launcher says")
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = train.allow_tf32
+    accelerator, threads = _launched(config, train)
     with ExitStack() as on_refusal:
         leaves = {weights_file, *more_files, CARD}
         lock = _prepare_folder(folder, train, leaves) if accelerator.is_main_process else None
-        on_refusal.callback(_free, folder, lock)
+        on_refusal.callback(free_folder, folder, lock)
         accelerator.wait_for_everyone()
 
         checkpoint = checkpoints.find(folder, train.resume_from_checkpoint)
@@ -97,37 +85,19 @@ def start_run(
                 f"note: --resume_from_checkpoint latest: {folder} holds no checkpoint; from the beginning"
             )
         before = checkpoint.parent if checkpoint else folder
-        saved, machine = _read_yaml(before / CONFIG), _read_json(before / ENVIRONMENT)
+        saved, machine = _read_yaml(before / CONFIG), read_json(before / ENVIRONMENT)
         seed = _choose_seed(train, saved)
-        # What was asked of this start alone: a copy of the file must not clear a folder, look for a checkpoint, or hold
-        # a secret.
-        once = {"seed": seed, "overwrite": False, "resume_from_checkpoint": None, "dry_run": False, "hub_token": None}
-        settings = {**yaml.safe_load(yaml.safe_dump(configs.load.as_dict(config))), **once}
+        settings = _lasting(config, seed)
         now = environment(accelerator, threads) | {"data_hash": data_hash, "base_hash": base_hash}
         if saved and (checkpoint or (folder / PROVENANCE).is_file()):
             _refuse_changes(before, settings, saved)
             _refuse_other_inputs(before, settings, now, machine)
         total = train.total_steps(num_images, accelerator.num_processes)
-        finished = _read_json(folder / PROVENANCE)
-        steps = finished.get("planned_steps", finished.get("steps"))
         ends_otherwise = any(settings.get(name) != saved.get(name) for name in _OF_THE_END)
-        if (folder / weights_file).is_file() and steps == total and not ends_otherwise:
+        if _is_finished(folder / weights_file, total) and not ends_otherwise:
             accelerator.print(f"{folder}: this run is finished ({total} steps); --overwrite starts anew")
-            raise SystemExit(0)
-        if (folder / weights_file).is_file() and checkpoint is None:
-            raise UsageError(
-                f"--max_train_steps {total}: {folder} holds the weights of a finished run ({steps or 'unknown'} steps) "
-                "and no checkpoint to go on from; --overwrite starts anew"
-            )
-        done = checkpoints.step_of(checkpoint) if checkpoint else 0
-        if done > total:
-            raise UsageError(f"{folder}: {checkpoint} is beyond the {total} steps asked for; raise --max_train_steps")
-        own = checkpoints.checkpoints(folder)
-        if checkpoint and own and checkpoint.resolve() not in [path.resolve() for path in own]:
-            raise UsageError(
-                f"--resume_from_checkpoint {checkpoint}: {folder} holds {own[-1].name} of its own; leave the option "
-                "out to go on from there, or use --overwrite"
-            )
+            return None
+        _refuse_no_way_on(folder, weights_file, checkpoint, total)
         accelerator.wait_for_everyone()  # all have read what the first one changes now
 
         train = _with_known_batch(train, accelerator.num_processes, machine if checkpoint else {})
@@ -141,31 +111,101 @@ def start_run(
             config_hash=_hash_settings(settings),
             checkpoint=checkpoint,
             lock=lock,
-            is_sharded=is_sharded,
-            zero_stage=zero_stage,
+            is_sharded=sharding.is_asked(),
+            zero_stage=zero.stage_asked(),
             began=machine if checkpoint else {},
         )
-        if checkpoint and machine.get("threads") != threads:
-            then = machine.get("threads")
-            run.say(f"note: {then} threads before, {threads} now: the result will not be bitwise the same")
-        if "train_batch_size" in now:
-            run.say(f"--train_batch_size auto: {train.micro_batch} images a pass, as the run began")
+        _say_what_differs(run, threads, now)
         if run.is_main and not train.dry_run:
-            write_whole(folder / CONFIG, yaml.safe_dump(settings, sort_keys=False, allow_unicode=True))
-            write_whole(folder / ENVIRONMENT, json.dumps(now, indent=2) + "\n")
-            _cut_metrics(folder / METRICS, done)
-            for begins_at_step_0 in (HELDOUT, DRIFT):
-                _cut_metrics(folder / begins_at_step_0, done if checkpoint else -1)
-            for of_finished in (PROVENANCE, SELECTION):
-                (folder / of_finished).unlink(missing_ok=True)
-            for path in own:
-                if checkpoints.step_of(path) > done:
-                    checkpoints.remove(path)
-            checkpoints.clear_remains(folder)
+            _write_start(run, settings, now)
         if train.report_to != "none" and not train.dry_run:
+            done = checkpoints.step_of(checkpoint) if checkpoint else 0
             accelerator.init_trackers(train.tracker_project_name, init_kwargs={"tensorboard": {"purge_step": done + 1}})
         on_refusal.pop_all()
         return run
+
+
+def _lasting(config: object, seed: int) -> dict[str, Any]:
+    """Return the settings that a run keeps, with the seed in force.
+
+    What was asked of this start alone goes: a copy of the file must not clear a folder, look for a checkpoint, or hold
+    a secret.
+    """
+    once = {"seed": seed, "overwrite": False, "resume_from_checkpoint": None, "dry_run": False, "hub_token": None}
+    return {**yaml.safe_load(yaml.safe_dump(configs.load.as_dict(config))), **once}
+
+
+def _say_what_differs(run: Run, threads: int, now: dict[str, Any]) -> None:
+    """Say what a continued run does not decide anew, and where its bits may change."""
+    if run.checkpoint and run.began.get("threads") != threads:
+        then = run.began.get("threads")
+        run.say(f"note: {then} threads before, {threads} now: the result will not be bitwise the same")
+    if "train_batch_size" in now:
+        run.say(f"--train_batch_size auto: {run.train.micro_batch} images a pass, as the run began")
+
+
+def _launched(config: object, train: TrainConfig) -> tuple[Accelerator, int]:
+    """Check how this process was launched, and set up devices and threads; return these."""
+    check_launch(train)
+    if train.dry_run and train.overwrite:
+        raise UsageError("--dry_run: changes nothing; leave out --overwrite, which clears the folder")
+    is_sharded, zero_stage = sharding.is_asked(), zero.stage_asked()
+    accelerator = make_accelerator(train, train.output_dir)
+    threads = set_threads(accelerator)
+    if is_sharded:
+        sharding.check_settings(configs.load.as_dict(config), accelerator)
+    if zero_stage:
+        zero.check_settings(configs.load.as_dict(config), accelerator)
+    if train.local_rank not in (None, -1, accelerator.local_process_index):
+        place = accelerator.local_process_index
+        print(f"note: --local_rank {train.local_rank}: this process is {place} on its machine, as the launcher says")
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = train.allow_tf32
+    return accelerator, threads
+
+
+def _finished_steps(folder: Path) -> int | None:
+    """Return the planned steps of the run that was finished here, or None."""
+    finished = read_json(folder / PROVENANCE)
+    steps = finished.get("planned_steps", finished.get("steps"))
+    return None if steps is None else int(steps)
+
+
+def _is_finished(weights: Path, total: int) -> bool:
+    """Tell whether these weights are of a run of as many steps as are asked for."""
+    return weights.is_file() and _finished_steps(weights.parent) == total
+
+
+def _refuse_no_way_on(folder: Path, weights_file: str, checkpoint: Path | None, total: int) -> None:
+    """Refuse a finished run without a checkpoint, one beyond the end, and one of another run."""
+    if (folder / weights_file).is_file() and checkpoint is None:
+        raise UsageError(
+            f"--max_train_steps {total}: {folder} holds the weights of a finished run "
+            f"({_finished_steps(folder) or 'unknown'} steps) and no checkpoint to go on from; --overwrite starts anew"
+        )
+    if checkpoint and checkpoints.step_of(checkpoint) > total:
+        raise UsageError(f"{folder}: {checkpoint} is beyond the {total} steps asked for; raise --max_train_steps")
+    own = checkpoints.checkpoints(folder)
+    if checkpoint and own and checkpoint.resolve() not in [path.resolve() for path in own]:
+        raise UsageError(
+            f"--resume_from_checkpoint {checkpoint}: {folder} holds {own[-1].name} of its own; leave the option "
+            "out to go on from there, or use --overwrite"
+        )
+
+
+def _write_start(run: Run, settings: dict[str, Any], now: dict[str, Any]) -> None:
+    """Write what was asked for and on which machine, and drop what lies beyond the checkpoint that is gone on from."""
+    folder, done = run.folder, checkpoints.step_of(run.checkpoint) if run.checkpoint else 0
+    write_whole(folder / CONFIG, yaml.safe_dump(settings, sort_keys=False, allow_unicode=True))
+    write_whole(folder / ENVIRONMENT, json.dumps(now, indent=2) + "\n")
+    _cut_metrics(folder / METRICS, done)
+    for begins_at_step_0 in (HELDOUT, DRIFT):
+        _cut_metrics(folder / begins_at_step_0, done if run.checkpoint else -1)
+    for of_finished in (PROVENANCE, SELECTION):
+        (folder / of_finished).unlink(missing_ok=True)
+    for path in checkpoints.checkpoints(folder):
+        if checkpoints.step_of(path) > done:
+            checkpoints.remove(path)
+    checkpoints.clear_remains(folder)
 
 
 def _prepare_folder(folder: Path, train: TrainConfig, weights: set[str]) -> TextIO:

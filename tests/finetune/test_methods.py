@@ -354,8 +354,7 @@ def test_dropout_is_drawn_by_the_step(go: Go) -> None:
 
 def test_each_group_has_its_own_rank_and_strength(go: Go, loaded: list[Models]) -> None:
     options = "--rank 4 --lora_alpha 2 --lora_targets attention+resnet --resnet_rank 3 --resnet_alpha 6"
-    with pytest.raises(SystemExit, match="0"):
-        go(f"lora {options}", "--dry_run")
+    go(f"lora {options}", "--dry_run")
     layers = dict(loaded[0].unet.named_modules())
     attention = next(layer for name, layer in layers.items() if name.endswith("to_q"))
     resnet = next(layer for name, layer in layers.items() if name.endswith("conv1"))

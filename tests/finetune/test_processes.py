@@ -26,7 +26,7 @@ RECORDER = """
 import hashlib, json, os, sys
 import torch
 from configs.load import load
-from finetune.core.batches import CaptionedBatches
+from finetune.core.data.batches import CaptionedBatches
 from finetune.lora import LoraRun, main
 
 seen, update = {}, CaptionedBatches.update

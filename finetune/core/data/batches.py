@@ -203,7 +203,6 @@ def captioned_batches(
     noise: NoiseConfig,
     run: Run,
     *,
-    num_timesteps: int,
     learns_text: bool = False,
     balance: Sequence[str] = (),
 ) -> CaptionedBatches:
@@ -215,7 +214,6 @@ def captioned_batches(
         config: how images become pictures.
         noise: how they are made noisy.
         run: its seed, processes and folder.
-        num_timesteps: of the noise schedule.
         learns_text: the text encoder, or rows of its tokens, learn: captions are only turned into token ids.
         balance: columns of the images; every combination of their values comes equally often.
 
@@ -248,7 +246,7 @@ def captioned_batches(
         size=config.resolution or models.size_px,
         prompts=(tokenize if learns_text else encode_prompts)(models, ["", *captions]).to(run.accelerator.device),
         prompt_rows={caption: row for row, caption in enumerate(captions, start=1)},
-        num_timesteps=num_timesteps,
+        num_timesteps=int(models.scheduler.config.num_train_timesteps),
         config=config,
         noise=noise,
         seed=run.seed,

@@ -216,9 +216,7 @@ def with_prior(batches: CaptionedBatches, opened: Opened, config: PriorConfig, *
     images = class_images(opened, config, batches.size)
     run.inputs["class_data_dir"] = data_hash(images)
     unturned = dataclasses.replace(batches.config, flips={})  # declared for axes of slices, which class images have not
-    prior = captioned_batches(
-        images, models, unturned, batches.noise, run, num_timesteps=schedule.num_timesteps, learns_text=learns_text
-    )
+    prior = captioned_batches(images, models, unturned, batches.noise, run, learns_text=learns_text)
     # Draws of their own: an image and the class image beside it must not share noise and timestep.
     prior = dataclasses.replace(prior, seed=counter_seed(run.seed, "prior", 0))
     return WithPrior(

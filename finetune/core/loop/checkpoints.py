@@ -69,10 +69,9 @@ def write(
     optimizer: Optimizer,
     state: Mapping[str, object],
     averages: Mapping[str, Tensor] | None = None,
-    limit: int | None = None,
     writes: bool = True,
 ) -> Path:
-    """Write ``checkpoint-STEP`` into the run folder, then remove the oldest beyond ``limit``.
+    """Write ``checkpoint-STEP`` into the run folder.
 
     Every process must call it, since each may hold a share of the tensors; the one that ``writes`` gets them whole.
 
@@ -106,10 +105,14 @@ def write(
         raise TisserandError(f"{target}: cannot be written ({error}); {kept}; make room on the disk first") from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+    return target
+
+
+def prune(folder: Path, limit: int | None) -> None:
+    """Remove the oldest checkpoints of a run folder beyond ``limit``; None keeps all."""
     if limit is not None:
         for old in checkpoints(folder)[: -max(1, limit)]:
             remove(old)
-    return target
 
 
 def remove(path: Path) -> None:

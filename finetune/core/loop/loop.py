@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import signal
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Generator, Iterator
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import torch
 from accelerate.utils import gather_object
@@ -16,21 +16,16 @@ from tqdm import tqdm
 
 from configs.errors import TisserandError, UsageError
 from configs.load import Terminated
+from finetune.core.learns.averages import Averages
 from finetune.core.learns.optimizer import learning_rate_factor, make_optimizer
 from finetune.core.learns.trainable import Learns
 from finetune.core.loop import checkpoints, zero
 from finetune.core.loop.compilation import compile_blocks
-from finetune.core.loop.fused_backward import fused_backward
-from finetune.core.loop.memory import check_memory
+from finetune.core.loop.fused_backward import FusedBackward, fused_backward
 from finetune.core.loop.sharding import clip, no_sync, shard
 from finetune.core.loss import Loss
 from finetune.core.run import Batches, Run, Step, Update
-from finetune.core.settings.training import TrainConfig
 from finetune.diffusion.draws import counter_seed
-
-if TYPE_CHECKING:
-    from finetune.core.learns.averages import Averages
-
 
 SMALLEST_SCALE = 1e-4
 """Below it a gradient scaler has given up; the limit of fairseq's ``--min-loss-scale``."""
@@ -47,45 +42,117 @@ class _Window:
     started_s: float = field(default_factory=time.perf_counter)
 
 
+@dataclass(kw_only=True)
+class _Training:
+    """What the steps of one run share.
+
+    Attributes:
+        model: the module that is called, as the processes share it.
+        optimizer: that steps, as the processes share it; ``bare_optimizer`` is torch's own.
+        factor: of the learning rate, by updates done.
+        fused: steps within the backward pass, or None.
+        reads_are_free: a loss may be looked at after every step.
+        begun_s: when the run began, had it never stopped.
+    """
+
+    run: Run
+    model: nn.Module
+    learns: Learns
+    batches: Batches
+    loss: Loss
+    averages: Averages | None
+    optimizer: Any
+    bare_optimizer: Any
+    factor: Callable[[int], float]
+    reads_are_free: bool
+    fused: FusedBackward | None = None
+    begun_s: float = field(default_factory=time.perf_counter)
+    window: _Window = field(default_factory=_Window)
+
+
 def train(
     run: Run,
     denoiser: nn.Module,
     learns: Learns,
     batches: Batches,
     loss: Loss,
-    config: TrainConfig,
     averages: Averages | None = None,
-) -> Iterator[Step]:
+    until: int | None = None,
+) -> Generator[Step, bool | None, None]:
     """Train, yielding once per optimizer update, after the update and before its checkpoint.
 
-    What the caller's ``for`` body changes in the parameters is therefore in the checkpoint. The learning rate of a
-    step is base x share of the group x factor(updates done). The loss of an update is the sum of weight x loss over all
-    its images, on all processes and forward passes, divided by the sum of their weights.
+    What the caller changes in the parameters while it holds a step is therefore in the checkpoint. The learning rate of
+    a step is base x share of the group x factor(updates done). The loss of an update is the sum of weight x loss over
+    all its images, on all processes and forward passes, divided by the sum of their weights.
 
-    A body that sets ``run.total_steps`` to the step it was shown ends the run with it; a checkpoint is written then, so
-    that the run can go on all the same.
+    The caller ends the run with the step it holds by sending True (``generator.send``); a checkpoint is written then,
+    so that the run can go on all the same. A ``for`` loop sends nothing, and trains to the end.
 
     Args:
-        run: where to, on what, and which checkpoint to start from.
+        run: where to, on what, with which settings of the loop, and which checkpoint to start from.
         denoiser: the module that is called by ``loss``; only what ``learns`` names has gradients.
         learns: parameters and base learning rates.
         batches: the images of every update.
         loss: one value per image.
-        config: the loop's settings.
-        averages: kept in the checkpoints; it is the caller's body that updates them.
+        averages: kept in the checkpoints; it is the caller who updates them.
+        until: the last update, where the run ends before its plan.
 
     Raises:
         TisserandError: a loss or gradient that is not finite, naming step, images and timesteps; nothing is written
             after it.
         Terminated: SIGTERM came; a checkpoint of the last finished update has been written.
     """
-    accelerator = run.accelerator
-    check_memory(run, denoiser, learns, batches, loss, config)
     compile_blocks(run, denoiser, batches, loss)
+    training, config = _prepared(run, denoiser, learns, batches, loss, averages), run.train
+    done = _take_up(training)
+    total = run.total_steps if until is None else until
+    with (
+        _termination() as terminated,
+        tqdm(total=total, initial=done, desc="training", unit="step", disable=None if run.is_main else True) as bar,
+        fused_backward(
+            training.bare_optimizer, is_on=config.fused_backward, leaves_out=training.reads_are_free
+        ) as training.fused,
+    ):
+        for number in range(done + 1, total + 1):
+            value = _update(training, number)
+            is_last = number == total
+            stop = _agreed(run.accelerator, bool(terminated))
+            metrics = _line(training, number) if number % config.logging_steps == 0 or is_last else None
+            if metrics is not None:
+                bar.set_postfix(loss=f"{metrics['loss']:.4f}", refresh=False)
+            bar.update()
+            step = Step(number=number, total=total, loss=value, metrics=metrics)
+            is_ended = bool((yield step)) and not is_last
+            if is_ended and metrics is None:
+                run.log(replace(step, metrics=_line(training, number)))
+            is_terminated = stop and not is_last and not is_ended
+            if number % config.checkpointing_steps == 0 or is_ended or is_terminated:
+                _write_checkpoint(training, number)
+            if is_terminated:
+                run.say(f"terminated; continue from checkpoint-{number} with the same command")
+                raise Terminated
+            if is_ended:
+                return
+
+
+def drive(steps: Generator[Step, bool | None, None], after: Callable[[Step], bool]) -> int | None:
+    """Run training to its end, or to the step after which ``after`` says so; return the last step, or None."""
+    last, ends = None, None
+    with suppress(StopIteration):
+        while True:
+            step = steps.send(ends)
+            last, ends = step.number, after(step)
+    return last
+
+
+def _prepared(
+    run: Run, denoiser: nn.Module, learns: Learns, batches: Batches, loss: Loss, averages: Averages | None
+) -> _Training:
+    """Make the optimizer, and split or wrap model and optimizer as the processes share them."""
+    config, accelerator = run.train, run.accelerator
     if run.is_sharded:
         shard(denoiser, learns, averages, accelerator)
-    parameters, bare_optimizer = learns.parameters, make_optimizer(learns, config)
-    factor = learning_rate_factor(config, run.total_steps)
+    bare_optimizer = make_optimizer(learns, config)
     model, optimizer = denoiser, cast(Any, bare_optimizer)
     if run.zero_stage:
         stage, largest = run.zero_stage, config.max_grad_norm
@@ -93,94 +160,102 @@ def train(
     elif not run.is_sharded:
         model, optimizer = accelerator.prepare(denoiser, bare_optimizer)
     model.train()
-    done, window, elapsed_s = 0, _Window(), 0.0
-    if run.checkpoint is not None:
-        means = averages.tensors if averages else None
-        state = checkpoints.read(run.checkpoint, parameters=parameters, optimizer=bare_optimizer, averages=means)
-        done, elapsed_s = int(state["step"]), float(state["elapsed_s"])
-        if changed := [name for name, value in state.get("inputs", {}).items() if run.inputs.get(name) != value]:
-            raise UsageError(f"--{changed[0]}: differs from what {run.checkpoint} began with; --overwrite starts anew")
-        if averages:
-            averages.restore(done)
-        _restore(window, state, accelerator)
-        run.say(f"continuing after step {done}, from {run.checkpoint}")
+    return _Training(
+        run=run,
+        model=model,
+        learns=learns,
+        batches=batches,
+        loss=loss,
+        averages=averages,
+        optimizer=optimizer,
+        bare_optimizer=bare_optimizer,
+        factor=learning_rate_factor(config, run.total_steps),
+        reads_are_free=reading_waits_for_nothing(accelerator.device),
+    )
 
-    reads_are_free = reading_waits_for_nothing(accelerator.device)
-    begun_s = time.perf_counter() - elapsed_s
-    with (
-        _termination() as terminated,
-        tqdm(
-            total=run.total_steps, initial=done, desc="training", unit="step", disable=None if run.is_main else True
-        ) as bar,
-        fused_backward(bare_optimizer, is_on=config.fused_backward, leaves_out=reads_are_free) as fused,
-    ):
-        for number in range(done + 1, run.total_steps + 1):
-            # Module dropout, where there is any: not the same in every process, whose images differ.
-            torch.manual_seed(counter_seed(run.seed, "update", number) + accelerator.process_index)
-            shares = [group.share(number - 1) for group in learns.groups]
-            for group, share in zip(bare_optimizer.param_groups, shares, strict=True):
-                group["lr"] = group["base_lr"] * share * factor(number - 1)
-            update = batches.update(number - 1)
-            if fused:
-                fused.begin(shares)
-            value, per_image = _backward(run, model, loss, update)
-            _rest(learns, shares)
-            if run.zero_stage:  # which clips as it steps
-                norm = optimizer.scaled_global_norm()
-            else:
-                norm = fused.norm() if fused else clip(accelerator, parameters, config.max_grad_norm)
-            window.losses.append(value)
-            window.norms.append(norm.detach())
-            window.per_image.append((number, per_image))
-            window.images += update.num_images
-            if reads_are_free:
-                _check_finite(window, batches, accelerator)
-            if not fused:
-                optimizer.step()
-                optimizer.zero_grad(set_to_none=config.set_grads_to_none)
 
-            metrics = None
-            last, is_early = number == run.total_steps, False
-            due = number % config.checkpointing_steps == 0
-            stop = _agreed(accelerator, bool(terminated))
-            if number % config.logging_steps == 0 or last:
-                _check_finite(window, batches, accelerator)
-                metrics = _metrics(number, window, batches, bare_optimizer, accelerator, begun_s)
-                bar.set_postfix(loss=f"{metrics['loss']:.4f}", refresh=False)
-                window = _Window()
-            bar.update()
-            step = Step(number=number, total=run.total_steps, loss=value, metrics=metrics)
-            yield step
-            if not last and number == run.total_steps:
-                last = is_early = True
-                if metrics is None:
-                    _check_finite(window, batches, accelerator)
-                    metrics = _metrics(number, window, batches, bare_optimizer, accelerator, begun_s)
-                    window = _Window()
-                    run.log(replace(step, metrics=metrics))
-            if due or is_early or (stop and not last):
-                _check_finite(window, batches, accelerator)
-                state = {
-                    "elapsed_s": time.perf_counter() - begun_s,
-                    "inputs": run.inputs,
-                    **_keep(window, accelerator),
-                }
-                with _together(accelerator):
-                    checkpoints.write(
-                        run.folder,
-                        number,
-                        parameters=parameters,
-                        optimizer=bare_optimizer,
-                        state=state,
-                        averages=averages.tensors if averages else None,
-                        limit=config.checkpoints_total_limit,
-                        writes=run.is_main,
-                    )
-            if stop and not last:
-                run.say(f"terminated; continue from checkpoint-{number} with the same command")
-                raise Terminated
-            if is_early:
-                return
+def _take_up(training: _Training) -> int:
+    """Put everything as the checkpoint left it, if there is one; return the updates done."""
+    run, averages = training.run, training.averages
+    if run.checkpoint is None:
+        return 0
+    state = checkpoints.read(
+        run.checkpoint,
+        parameters=training.learns.parameters,
+        optimizer=training.bare_optimizer,
+        averages=averages.tensors if averages else None,
+    )
+    done = int(state["step"])
+    training.begun_s -= float(state["elapsed_s"])
+    if changed := [name for name, value in state.get("inputs", {}).items() if run.inputs.get(name) != value]:
+        raise UsageError(f"--{changed[0]}: differs from what {run.checkpoint} began with; --overwrite starts anew")
+    if averages:
+        averages.restore(done)
+    _restore(training.window, state, run.accelerator)
+    run.say(f"continuing after step {done}, from {run.checkpoint}")
+    return done
+
+
+def _update(training: _Training, number: int) -> Tensor:
+    """Do one optimizer update; return its mean loss, a scalar on the device."""
+    run, config, fused, window = training.run, training.run.train, training.fused, training.window
+    learns, optimizer, accelerator = training.learns, training.optimizer, training.run.accelerator
+    # Module dropout, where there is any: not the same in every process, whose images differ.
+    torch.manual_seed(counter_seed(run.seed, "update", number) + accelerator.process_index)
+    shares = [group.share(number - 1) for group in learns.groups]
+    for group, share in zip(training.bare_optimizer.param_groups, shares, strict=True):
+        group["lr"] = group["base_lr"] * share * training.factor(number - 1)
+    update = training.batches.update(number - 1)
+    if fused:
+        fused.begin(shares)
+    value, per_image = _backward(run, training.model, training.loss, update)
+    _rest(learns, shares)
+    if run.zero_stage:  # which clips as it steps
+        norm = optimizer.scaled_global_norm()
+    else:
+        norm = fused.norm() if fused else clip(accelerator, learns.parameters, config.max_grad_norm)
+    window.losses.append(value)
+    window.norms.append(norm.detach())
+    window.per_image.append((number, per_image))
+    window.images += update.num_images
+    if training.reads_are_free:
+        _check_finite(window, training.batches, accelerator)
+    if not fused:
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=config.set_grads_to_none)
+    return value
+
+
+def _line(training: _Training, number: int) -> dict[str, Any]:
+    """Return a line of metrics.jsonl, and begin a new window."""
+    window, accelerator = training.window, training.run.accelerator
+    _check_finite(window, training.batches, accelerator)
+    line = _metrics(number, window, training.batches, training.bare_optimizer, accelerator, training.begun_s)
+    training.window = _Window()
+    return line
+
+
+def _write_checkpoint(training: _Training, number: int) -> None:
+    """Write the state after this update; every process must call it."""
+    run, window, averages = training.run, training.window, training.averages
+    _check_finite(window, training.batches, run.accelerator)
+    state = {
+        "elapsed_s": time.perf_counter() - training.begun_s,
+        "inputs": run.inputs,
+        **_keep(window, run.accelerator),
+    }
+    with _together(run.accelerator):
+        checkpoints.write(
+            run.folder,
+            number,
+            parameters=training.learns.parameters,
+            optimizer=training.bare_optimizer,
+            state=state,
+            averages=averages.tensors if averages else None,
+            writes=run.is_main,
+        )
+    if run.is_main:
+        checkpoints.prune(run.folder, run.train.checkpoints_total_limit)
 
 
 def reading_waits_for_nothing(device: torch.device) -> bool:

@@ -51,15 +51,16 @@ class Need:
         return self.gradients + self.optimizer + self.activations
 
 
-def check_memory(
-    run: Run, denoiser: nn.Module, learns: Learns, batches: Batches, loss: Loss, config: TrainConfig
-) -> None:
-    """Print what training will take beside what is free; every process must call it. With ``--dry_run``, stop there.
+def check_memory(run: Run, denoiser: nn.Module, learns: Learns, batches: Batches, loss: Loss) -> bool:
+    """Print what training will take beside what is free; every process must call it.
+
+    Returns:
+        Whether to train: not with ``--dry_run``.
 
     Raises:
         TisserandError: far more is needed than is free; the message says what to lower.
     """
-    accelerator = run.accelerator
+    accelerator, config = run.accelerator, run.train
     update = batches.update(0)
     batch = max(update.batches, key=lambda one: one.latents.numel())
     denoiser.train()
@@ -89,7 +90,7 @@ def check_memory(
         run.say(f"warning: memory may not be enough; {advice(config)}")
     if config.dry_run:
         run.say("dry run: everything was checked; leave out --dry_run to train")
-        raise SystemExit(0)
+    return not config.dry_run
 
 
 def estimate(

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from configs.errors import UsageError
 from finetune.core.loop.memory import estimate, free_here, peaks
 from finetune.core.out_of_memory import is_out_of_memory
+from finetune.core.settings.training import TrainConfig
 
 if TYPE_CHECKING:
     from finetune.core.learns.trainable import Learns
@@ -31,11 +32,11 @@ _USABLE = 0.9
 """Share of the free memory that is planned with: an allocator loses some in gaps, a kernel takes room to work."""
 
 
-def fit_micro_batch(run: Run, denoiser: nn.Module, learns: Learns, batches: Batches, loss: Loss) -> Batches:
-    """Choose ``--train_batch_size auto``, and return the updates in passes of that size; every process must call it.
+def fit_micro_batch(run: Run, denoiser: nn.Module, learns: Learns, batches: Batches, loss: Loss) -> TrainConfig:
+    """Return the settings of the loop, with ``--train_batch_size auto`` chosen; every process must call it.
 
     The number is the largest divisor of a process's images whose pass fits by the estimate, and then does: one pass of
-    that size is run. It is printed, kept in ``run.train`` and in environment.json, and a continued run keeps it.
+    that size is run. It is printed, kept in environment.json, and a continued run keeps it.
 
     Raises:
         UsageError: the model will be split over the processes, and a whole one is measured.
@@ -49,13 +50,13 @@ def fit_micro_batch(run: Run, denoiser: nn.Module, learns: Learns, batches: Batc
         with accelerator.autocast():
             size, needs, usable = _largest(run, denoiser, list(learns.parameters.values()), batches, loss, share)
         size = min(gather_object([size]))
-        run.train = train.with_micro_batch(size, accelerator.num_processes)
+        train = train.with_micro_batch(size, accelerator.num_processes)
         run.note(train_batch_size=size)
         run.say(
             f"--train_batch_size auto: {size} images a pass ({needs / 1e9:.2f} of {usable / 1e9:.2f} GB), "
-            f"{run.train.gradient_accumulation_steps} passes an update; a continued run keeps this"
+            f"{train.gradient_accumulation_steps} passes an update; a continued run keeps this"
         )
-    return batches.cut(run.train)
+    return train
 
 
 def _largest(

@@ -99,6 +99,11 @@ def save_embeddings(folder: Path, word: NewWord, provenance: dict[str, Any], nam
     return write_tensors(folder / name, {word.placeholder: word.rows.contiguous()}, metadata)
 
 
+def copies_of(folder: Path) -> tuple[str, ...]:
+    """Return the names of the copies that ``WordCopies`` left in a run folder."""
+    return tuple(path.name for path in folder.glob("learned_embeds-steps-*.safetensors"))
+
+
 @dataclass(frozen=True)
 class WordCopies:
     """Copies of the rows of a word as they learn, ``learned_embeds-steps-N.safetensors``: an observer of the run.
@@ -117,7 +122,7 @@ class WordCopies:
     averages: Averages
     provenance: Callable[[], dict[str, Any]]
 
-    def look(self, step: int) -> bool:
+    def look(self, step: int, *, is_last: bool) -> bool:
         """Write a copy, if one is due after this step; never end the run."""
         if self.run.is_main and step and step % self.every == 0:
             name = f"learned_embeds-steps-{step}.safetensors"

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Literal
 
 from configs.checks import need_not_negative, need_positive, refuse
+from configs.errors import UsageError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -246,3 +247,51 @@ class TokenConfig:
         for flag in ("placeholder_token", "initializer_token"):
             if not getattr(self, flag).strip():
                 raise refuse(flag, repr(getattr(self, flag)), "must be a word")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PivotConfig:
+    """When the word is done and the adapters begin."""
+
+    token_steps: int | None = None
+    """Steps in which the rows of the word learn alone; half of all if absent. The adapters learn after them."""
+    token_lr: float | None = None
+    """Learning rate of the rows; learning_rate if absent."""
+    token_lr_after: float = 0.0
+    """Their learning rate beside the adapters; 0: they rest."""
+
+    def __post_init__(self) -> None:
+        """Check ranges."""
+        need_positive(token_steps=self.token_steps, token_lr=self.token_lr)
+        need_not_negative(token_lr_after=self.token_lr_after)
+
+    def steps_alone(self, total: int) -> int:
+        """Return the updates before the pivot.
+
+        Raises:
+            UsageError: the adapters would never learn.
+        """
+        steps = self.token_steps or total // 2
+        if not 0 < steps < total:
+            raise UsageError(f"--token_steps {steps}: must be above 0 and below the {total} steps of the whole run")
+        return steps
+
+
+def check_pivotal(
+    instance_data_dir: Path, tokens: TokenConfig, text_encoder: TextEncoderConfig, prior: PriorConfig
+) -> None:
+    """Refuse what does not fit a word that moves, or two files.
+
+    Raises:
+        ValueError: naming the option.
+    """
+    word = tokens.placeholder_token
+    if tokens.save_as_full_pipeline:
+        raise refuse("save_as_full_pipeline", True, "use finetune/export.py --to pipeline on the finished run")
+    if text_encoder.pre_compute_text_embeddings:
+        raise refuse("pre_compute_text_embeddings", True, "leave it out: they change with the rows of the word")
+    if prior.class_prompt is not None and word in prior.class_prompt:
+        raise refuse("class_prompt", prior.class_prompt, f"the base model does not know {word}; leave it out")
+    folder = prior.class_data_dir
+    if folder is not None and folder.resolve() == instance_data_dir.resolve():
+        raise refuse("class_data_dir", folder, "is --instance_data_dir, too; class images need a folder of their own")

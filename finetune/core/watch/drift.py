@@ -162,13 +162,13 @@ class DriftWatch:
         """Whether the run may be ended, and weights be chosen."""
         return self.config.drift_policy != "report"
 
-    def look(self, step: int) -> bool:
+    def look(self, step: int, *, is_last: bool) -> bool:
         """Take the pulse, and check pictures and losses, if they are due after this step; return whether to end."""
         if not self.is_on:
             return False
         self.last_step = step
         run, every = self.opened.run, self.config.drift_steps
-        is_end = step in {0, run.total_steps}
+        is_end = is_last or step == 0
         is_checkpoint = step % run.train.checkpointing_steps == 0
         is_due = step % every == 0 if every else self.clock.allows("pulse", PULSE_SHARE)
         if not (is_end or is_checkpoint or is_due):
@@ -188,11 +188,15 @@ class DriftWatch:
             self.ended = self._why_end()
         return self.is_on and self._as_main_says(bool(self.ended))
 
-    def finish(self) -> None:
-        """Put the selected weights in the place of the last ones, and write ``selection.json``."""
+    def finish(self, last_step: int) -> int:
+        """Put the selected weights in the place of the last ones, and write ``selection.json``.
+
+        Returns:
+            The step whose weights are kept: the last one, if nothing was to be chosen.
+        """
         run = self.opened.run
         if not self.is_on or not run.is_main:
-            return
+            return last_step
         chosen, kept = select(self.checks), self.last_step
         reason = why_selected(self.checks, last_step=self.last_step)
         if not self.judges:
@@ -204,12 +208,12 @@ class DriftWatch:
         elif chosen is not None:
             kept = chosen.step
             self._put_back(self._path(kept))
-        ended = self.ended if self.last_step < run.planned_steps else ""
+        ended = self.ended if self.last_step < run.total_steps else ""
         content = {
             "selected_step": kept,
             "last_step": self.last_step,
-            "planned_steps": run.planned_steps,
-            "saved_steps": run.planned_steps - self.last_step,
+            "planned_steps": run.total_steps,
+            "saved_steps": run.total_steps - self.last_step,
             "ended": ended,
             "reason": reason,
             "policy": self.config.drift_policy,
@@ -218,14 +222,14 @@ class DriftWatch:
             "cost": self._cost(),
         }
         write_whole(run.folder / SELECTION, json.dumps(content, indent=1) + "\n")
-        run.total_steps = kept
         if ended:
             run.say(
-                f"drift: {ended}: ended at step {self.last_step}, {content['saved_steps']} of {run.planned_steps} "
+                f"drift: {ended}: ended at step {self.last_step}, {content['saved_steps']} of {run.total_steps} "
                 "steps saved (--drift_policy report goes on from there)"
             )
         run.say(f"drift: {reason} ({SELECTION})")
         run.say(f"drift: {self._cost_in_words()}")
+        return kept
 
     @torch.no_grad()
     def _put_back(self, path: Path) -> None:
@@ -362,7 +366,7 @@ class DriftWatch:
 
     def _why_end(self) -> str:
         """Return why the run ends here, or nothing."""
-        fewest = int(FIRST_SHARE * self.opened.run.planned_steps)
+        fewest = int(FIRST_SHARE * self.opened.run.total_steps)
         return why_stop(self.checks, fewest_steps=fewest) if self.judges else ""
 
     def _keep(self, step: int) -> None:

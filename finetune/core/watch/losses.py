@@ -61,11 +61,15 @@ class Watch:
     prompt_rows: dict[str, int]
     averages: Averages
 
-    def look(self, step: int) -> bool:
+    def of(self, opened: Opened) -> Watch:
+        """Return the same watch of a run whose settings were completed."""
+        return dataclasses.replace(self, opened=opened)
+
+    def look(self, step: int, *, is_last: bool) -> bool:
         """Write the losses to ``heldout.jsonl`` and the trackers, if due after this step; never end the run."""
         run = self.opened.run
         every = self.config.heldout_steps
-        if every is None or run.train.dry_run or (step % every and step != run.total_steps):
+        if every is None or run.train.dry_run or (step % every and not is_last):
             return False
         rows = []
         for name, pictures in self.sets.items():
@@ -86,7 +90,7 @@ class Watch:
                 low, high = row["band"]
                 values[f"heldout/{row['set']}/{low}-{high}"] = row["loss"]
         run.accelerator.log(values, step=step)
-        if step == run.total_steps:
+        if is_last:
             said = [f"{row['loss']:.4f} on {row['n']} {name} images" for name, row in whole.items()]
             run.say(f"loss at fixed noise: {', '.join(said)} ({HELDOUT})")
         return False

@@ -41,14 +41,14 @@ class Previews:
     steps_per_epoch: int
     averages: Averages | None = None
 
-    def look(self, step: int) -> bool:
+    def look(self, step: int, *, is_last: bool) -> bool:
         """Render and keep the pictures, if they are due after this step; never end the run.
 
         They are due before the first step, at the set interval, and after the last step.
         """
         epochs = self.config.validation_epochs
         every = self.config.validation_steps or (epochs * self.steps_per_epoch if epochs else _EVERY_STEPS)
-        is_due = step % every == 0 or step == self.run.total_steps
+        is_due = step % every == 0 or is_last
         prompts = self.config.prompts
         count = len(self.config.validation_images) or self.config.num_validation_images
         if not (self.run.is_main and prompts and count and is_due) or self.run.train.dry_run:

@@ -201,7 +201,7 @@ def test_a_manifest_of_something_else_is_named(tmp_path: Path, content: str) -> 
 WRITER = """
 import sys, time
 from pathlib import Path
-from data_prep.manifest import publish
+from data_prep.folders.publish import publish
 with publish(Path(sys.argv[1]), overwrite=True, mark="manifest.json") as folder:
     (folder / "manifest.json").write_text("{}")
     print("writing", flush=True)

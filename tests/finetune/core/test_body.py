@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, field
-from functools import partial
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import pytest
@@ -14,6 +13,9 @@ from test_methods import run_recipe, words_of
 
 import finetune.core.recipe
 from data_prep.folders.run_folder import LORA_FILE
+from finetune.core.recipe import Method
+from finetune.core.run import Opened
+from finetune.core.settings.recipe import RecipeConfig
 
 
 @dataclass
@@ -23,7 +25,7 @@ class Ends:
     after: int
     seen: list[int] = field(default_factory=list)
 
-    def look(self, step: int) -> bool:
+    def look(self, step: int, *, is_last: bool) -> bool:
         self.seen.append(step)
         return step == self.after
 
@@ -32,7 +34,12 @@ class Ends:
 def observed(toy_sd: Path, captioned_images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Ends:
     """Run LoRA for six steps at most, with an observer of its own that ends it after the third."""
     observer, body = Ends(3), finetune.core.recipe
-    monkeypatch.setattr(body, "train_and_save", partial(body.train_and_save, observers=[observer]))
+    train_and_save = body.train_and_save
+
+    def with_observer(opened: Opened, config: RecipeConfig, method: Method) -> None:
+        train_and_save(opened, config, replace(method, observers=[observer]))
+
+    monkeypatch.setattr(body, "train_and_save", with_observer)
     preview = ["--validation_prompt", "ab", "--num_validation_images", "1", "--validation_steps", "2"]
     run_recipe("lora", [*words_of("lora", toy_sd, captioned_images, tmp_path), *preview])
     return observer

@@ -94,22 +94,25 @@ def test_a_full_disk_leaves_both_checkpoints_that_are_kept(tmp_path: Path) -> No
     learned = {"a": torch.nn.Parameter(torch.zeros(4000))}
     optimizer = torch.optim.AdamW(learned.values())
     for step in (1, 2):
-        checkpoints.write(tmp_path, step, parameters=learned, optimizer=optimizer, state={}, limit=2)
+        checkpoints.write(tmp_path, step, parameters=learned, optimizer=optimizer, state={})
+        checkpoints.prune(tmp_path, 2)
     before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
     for size in (0, 8192, 16 << 10):  # not a byte, not the tensors, not state.json after them
         learned["a"].grad = torch.ones(4000)
         optimizer.step()
         with files_up_to(size), pytest.raises(TisserandError, match="checkpoint-2 is whole"):
-            checkpoints.write(tmp_path, 3, parameters=learned, optimizer=optimizer, state={}, limit=2)
+            checkpoints.write(tmp_path, 3, parameters=learned, optimizer=optimizer, state={})
         assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
 
 
 def test_the_old_checkpoint_goes_only_when_the_new_one_is_whole(tmp_path: Path) -> None:
     learned = {"a": torch.nn.Parameter(torch.zeros(4000))}
     optimizer = torch.optim.AdamW(learned.values())
-    checkpoints.write(tmp_path, 1, parameters=learned, optimizer=optimizer, state={}, limit=1)
+    checkpoints.write(tmp_path, 1, parameters=learned, optimizer=optimizer, state={})
+    checkpoints.prune(tmp_path, 1)
     with files_up_to(8192), pytest.raises(TisserandError, match="checkpoint-1 is whole"):
-        checkpoints.write(tmp_path, 2, parameters=learned, optimizer=optimizer, state={}, limit=1)
+        checkpoints.write(tmp_path, 2, parameters=learned, optimizer=optimizer, state={})
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-1"]
-    checkpoints.write(tmp_path, 2, parameters=learned, optimizer=optimizer, state={}, limit=1)
+    checkpoints.write(tmp_path, 2, parameters=learned, optimizer=optimizer, state={})
+    checkpoints.prune(tmp_path, 1)
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-2"]

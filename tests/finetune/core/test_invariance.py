@@ -55,7 +55,7 @@ def train_toy(toy_sd: Path, captioned_images: Path, tmp_path: Path) -> TrainToy:
         images = read_images(ImageFolderConfig(train_data_dir=(captioned_images,)))
         run = start_run(config, config, num_images=len(images), data_hash="", weights_file="w.safetensors")
         models = load_models(str(toy_sd))
-        batches = captioned_batches(images, models, pictures, noise, run, num_timesteps=1000)
+        batches = captioned_batches(images, models, pictures, noise, run)
         learns = lora_adapters(models, LoraConfig(rank=2), learning_rate=1e-2, seed=0)
         if double:
             models.unet.double()
@@ -63,7 +63,7 @@ def train_toy(toy_sd: Path, captioned_images: Path, tmp_path: Path) -> TrainToy:
             batches = dataclasses.replace(batches, latents=latents, prompts=batches.prompts.double())
         loss = partial(denoising_loss, schedule=from_scheduler(models.scheduler.config), snr_gamma=snr_gamma)
         losses = []
-        for step in train(run, Denoiser(models.text_encoder, models.unet), learns, change(batches), loss, config):
+        for step in train(run, Denoiser(models.text_encoder, models.unet), learns, change(batches), loss):
             losses.append(float(step.loss))
             if step.number == stop_after:
                 break

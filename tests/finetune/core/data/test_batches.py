@@ -38,7 +38,7 @@ def make_batches(toy_sd: Path, captioned_images: Path, tmp_path: Path) -> MakeBa
         run = start_run(settings, settings, num_images=len(found), data_hash="", weights_file="w")
         try:
             models = load_models(str(toy_sd))
-            return captioned_batches(found, models, config, NoiseConfig(), run, num_timesteps=1000)
+            return captioned_batches(found, models, config, NoiseConfig(), run)
         finally:
             run.__exit__()
 

@@ -82,9 +82,7 @@ def make_prior(toy_sd: Path, captioned_images: Path, tmp_path: Path) -> Iterator
         manager = open_run(settings, images, {}, weights_file="w", prior=config)
         opened = manager.__enter__()
         runs.append(manager)
-        batches = captioned_batches(
-            images, opened.models, PICTURES, NOISE, opened.run, num_timesteps=1000, learns_text=learns_text
-        )
+        batches = captioned_batches(images, opened.models, PICTURES, NOISE, opened.run, learns_text=learns_text)
         joined = with_prior(batches, opened, config, adapts=adapts)
         assert isinstance(joined, WithPrior)
         return opened, joined

@@ -71,15 +71,17 @@ def test_one_that_is_not_there_is_refused_with_those_that_are(tmp_path: Path) ->
 def test_only_the_newest_are_kept(tmp_path: Path) -> None:
     parameters, optimizer = make_trained(seed=0)
     for step in (1, 2, 3, 10):
-        checkpoints.write(tmp_path, step, parameters=parameters, optimizer=optimizer, state={}, limit=2)
+        checkpoints.write(tmp_path, step, parameters=parameters, optimizer=optimizer, state={})
+        checkpoints.prune(tmp_path, 2)
     assert [path.name for path in checkpoints.checkpoints(tmp_path)] == ["checkpoint-3", "checkpoint-10"]
 
 
 def test_a_failed_write_leaves_the_one_before_and_nothing_else(tmp_path: Path) -> None:
     parameters, optimizer = make_trained(seed=0)
-    checkpoints.write(tmp_path, 1, parameters=parameters, optimizer=optimizer, state={}, limit=1)
+    checkpoints.write(tmp_path, 1, parameters=parameters, optimizer=optimizer, state={})
+    checkpoints.prune(tmp_path, 1)
     with pytest.raises(TypeError):
-        checkpoints.write(tmp_path, 2, parameters=parameters, optimizer=optimizer, state={"bad": object()}, limit=1)
+        checkpoints.write(tmp_path, 2, parameters=parameters, optimizer=optimizer, state={"bad": object()})
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-1"]
 
 

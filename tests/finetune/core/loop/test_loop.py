@@ -48,7 +48,7 @@ def make_parts(toy_sd: Path, captioned_images: Path, tmp_path: Path) -> Iterator
         run = start_run(config, config, num_images=len(images), data_hash="", weights_file="w.safetensors")
         runs.append(run)
         models = load_models(str(toy_sd))
-        batches = captioned_batches(images, models, PictureConfig(), NoiseConfig(), run, num_timesteps=1000)
+        batches = captioned_batches(images, models, PictureConfig(), NoiseConfig(), run)
         rate = base_learning_rate(config, 1)
         lora = LoraConfig(rank=2, lora_targets=targets, lora_dropout=dropout)
         learns = lora_adapters(models, lora, learning_rate=rate, seed=0)
@@ -60,9 +60,9 @@ def make_parts(toy_sd: Path, captioned_images: Path, tmp_path: Path) -> Iterator
 
 
 def steps(parts: Parts, **options: Any) -> Iterator[Step]:
-    run, models, learns, batches, config = parts
+    run, models, learns, batches, _ = parts
     loss = options.get("loss") or partial(denoising_loss, schedule=from_scheduler(models.scheduler.config))
-    return train(run, Denoiser(models.text_encoder, models.unet), learns, batches, loss, config)
+    return train(run, Denoiser(models.text_encoder, models.unet), learns, batches, loss)
 
 
 @pytest.mark.parametrize("targets", ["attention", "attention+resnet"])
@@ -236,7 +236,7 @@ from types import SimpleNamespace
 import torch
 from accelerate import Accelerator
 from configs.errors import TisserandError
-from finetune.core.loop import _check_finite, _Window
+from finetune.core.loop.loop import _check_finite, _Window
 accelerator = Accelerator(cpu=True)
 rank = accelerator.process_index
 loss, norm = torch.tensor(torch.nan if rank == 1 else 1.0), torch.tensor(1.0)

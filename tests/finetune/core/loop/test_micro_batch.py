@@ -52,8 +52,7 @@ def quiet_loss(denoiser: nn.Module, batch: Batch) -> Tensor:
 
 def choose(parts: Parts, loss: Callable[[nn.Module, Batch], Tensor] = quiet_loss) -> int:
     run, models, learns, batches, _ = parts
-    fit_micro_batch(run, Denoiser(models.text_encoder, models.unet), learns, batches, loss)
-    return run.train.micro_batch
+    return fit_micro_batch(run, Denoiser(models.text_encoder, models.unet), learns, batches, loss).micro_batch
 
 
 @pytest.mark.parametrize("fits", [1, 2, 4, 8])

@@ -26,7 +26,7 @@ FULL = {"train_text_encoder": True, "use_ema": True, "train_batch_size": 1, "gra
 RECORDER = """
 import json, os, sys
 from configs.load import load
-from finetune.core import loop
+from finetune.core.loop import loop
 from finetune.full import FullRun, main
 
 shard = loop.shard

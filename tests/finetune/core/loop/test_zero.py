@@ -31,7 +31,7 @@ needs_deepspeed = pytest.mark.skipif(
 RECORDER = """
 import json, os, sys
 from configs.load import load
-from finetune.core import zero
+from finetune.core.loop import zero
 from finetune.full import FullRun, main
 
 split, made = zero.split, {}

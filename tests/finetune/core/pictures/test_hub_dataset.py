@@ -38,9 +38,9 @@ def test_two_processes_write_it_once_and_both_read_it(captioned_images: Path, tm
     script.write_text(
         f"""
 from pathlib import Path
-from finetune.core.config import ImageFolderConfig
-from finetune.core.hub_dataset import local_images
-from finetune.core.images import read_images
+from finetune.core.settings.images import ImageFolderConfig
+from finetune.core.pictures.hub_dataset import local_images
+from finetune.core.pictures.images import read_images
 config = ImageFolderConfig(dataset_name={str(captioned_images)!r})
 print("found", len(read_images(local_images(config, Path({str(tmp_path / "cache")!r})))), flush=True)
 """

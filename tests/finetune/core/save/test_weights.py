@@ -90,7 +90,7 @@ def test_saved_weights_are_float32(toy_sd: Path, tmp_path: Path) -> None:
 def test_equal_weights_are_equal_files_in_any_process(toy_sd: Path, tmp_path: Path) -> None:
     """The library orders the metadata by a hash that differs between processes, so others must be asked."""
     code = (
-        "import sys; from finetune.core.weights import _with_sorted_header as sort; import torch; "
+        "import sys; from finetune.core.save.weights import _with_sorted_header as sort; import torch; "
         "from safetensors.torch import save; "
         "sys.stdout.buffer.write(sort(save({'a': torch.ones(3)}, metadata=dict(zip('zyxwv', 'abcde')))))"
     )

@@ -174,9 +174,7 @@ def test_a_run_that_gets_no_better_ends_early_and_keeps_the_best_weights(worse: 
         sorted(float(np.abs(value).sum()) for value in one.values()) for one in (kept, load_file(folder / LORA_FILE))
     ]
     assert sizes[0] == pytest.approx(sizes[1], rel=1e-6)
-    with pytest.raises(SystemExit) as error:  # the same command finds it finished
-        train("worse", *WORSE)
-    assert error.value.code == 0
+    train("worse", *WORSE)  # the same command finds it finished
 
 
 def test_a_run_that_is_ended_tells_of_its_last_step(worse: Path) -> None:
