@@ -46,7 +46,8 @@ def program(*names: str, says: str) -> str:
             said = subprocess.run([path, "--version"], capture_output=True, text=True, check=False)
             if says in said.stdout + said.stderr:
                 return path
-    pytest.skip(f"{' or '.join(names)} is not installed")
+    package = "libtiff-tools" if "tiffcp" in names else "imagemagick"
+    pytest.skip(f"{' or '.join(names)} is not installed; it is no Python package (apt install {package})")
 
 
 def package(name: str) -> Any:

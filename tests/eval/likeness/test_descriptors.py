@@ -234,7 +234,7 @@ def porespy() -> object:
     if extra and extra not in sys.path:
         sys.path.append(extra)
     if importlib.util.find_spec("porespy") is None:
-        pytest.skip("porespy is not installed")
+        pytest.skip("porespy is not installed; it brings VTK and numba, too much for one comparison")
     import porespy
 
     return porespy
