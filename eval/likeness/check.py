@@ -9,9 +9,8 @@ from pathlib import Path
 
 from data_prep.folders.results import Result, write_results
 from eval.likeness.classified import classify_sets, learn_classes
-from eval.likeness.colour import coloured_row
 from eval.likeness.described import DescribedSets, describe_sets
-from eval.likeness.descriptor_rows import descriptor_rows
+from eval.likeness.descriptor_rows import coloured_row, descriptor_rows
 from eval.likeness.encoder_rows import check_torch_fidelity, encoder_rows
 from eval.likeness.own_classifier import rows_by_own_loss
 from eval.likeness.pictures import save_overlays, save_pictures

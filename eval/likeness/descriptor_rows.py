@@ -10,8 +10,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from itertools import combinations
+from pathlib import Path
 
 import numpy as np
+from PIL import Image
 
 from data_prep.folders.results import Result, Verdict
 from eval.likeness.described import Described, DescribedSets
@@ -37,6 +39,8 @@ FEWEST_TILES = 128
 """Tiles a side below which nothing here is judged."""
 FEWEST_INDEPENDENT = 200
 """Independent real tiles below which density and coverage are not judged."""
+GREY_LEVELS = 2.0
+"""Mean distance of the channels of a picture, in grey levels, beyond which it is not grey."""
 NEIGHBOURS = 5
 TOLD_APART = (0.65, 0.9)
 """Share of pairs in order (AUC) of the two-sample test, beyond the real-to-real line, that warns; and that is clear."""
@@ -71,6 +75,18 @@ def descriptor_rows(sets: DescribedSets, naming: Naming, why_grey: str, *, draws
     grey = why_grey or (f"{total} tiles a side, judged from {FEWEST_TILES}" if total < FEWEST_TILES else "")
     rows = _ratio_rows(equal, naming, grey, draws=min(draws, MOST_DRAWS), seed=seed)
     return rows + _set_rows(equal, grey, draws=draws, seed=seed)
+
+
+def coloured_row(paths: Sequence[Path]) -> Result:
+    """Return the share of pictures that are not grey, as slices are; every other number reads the mean of channels."""
+    spreads = []
+    for path in paths:
+        with Image.open(path) as opened:
+            picture = np.asarray(opened.convert("RGB")).astype(int)
+        spreads.append(float((picture.max(axis=2) - picture.min(axis=2)).mean()))
+    reason = f"channels more than {GREY_LEVELS:g} grey levels apart; {np.mean(spreads):.1f} over all; shown, not judged"
+    share = float(np.mean(np.array(spreads) > GREY_LEVELS))
+    return Result(metric="coloured", set="generated", value=share, n=len(paths), unit="share", reason=reason)
 
 
 def _ratio_rows(sets: DescribedSets, naming: Naming, grey: str, *, draws: int, seed: int) -> list[Result]:

@@ -61,6 +61,6 @@ NUMBERS = (
     Number(name="coloured", label="slices that are not grey", unit="share", bad="high"),
     Number(name="kid", label="distance (KID)", unit="squared MMD", bad="high"),
     Number(name="mmd", label="distance of descriptors (MMD)", unit="squared MMD", bad="high"),
-    Number(name="chords", label="chord length", unit="px"),
-    Number(name="two_point", label="two-point probability", unit="probability"),
+    Number(name="chords", label="chord length", unit="ratio", bad="high"),
+    Number(name="two_point", label="two-point probability", unit="ratio", bad="high"),
 )

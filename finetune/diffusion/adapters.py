@@ -15,10 +15,10 @@ from torch import Tensor
 
 from configs.errors import InputError
 from data_prep.folders.run_folder import EMBEDDINGS_FILE, LORA_FILE, PROVENANCE_KEY
-from finetune.diffusion.checkpoint_adapters import weights_of, write_adapters
 from finetune.diffusion.config import NoiseConfig
 from finetune.diffusion.models import Models, as_pipeline
 from finetune.diffusion.noise import trained_scheduler
+from finetune.diffusion.run_files.checkpoint_adapters import weights_of, write_adapters
 
 _DOWN = ("lora_A.", "lora.down.", "lora_down.", "lora_linear_layer.down.")  # one tensor per adapted layer, by dialect
 

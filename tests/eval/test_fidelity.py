@@ -13,8 +13,10 @@ from configs.errors import InputError, NothingLeftError, UsageError
 from data_prep.folders.manifest import SliceRow, write_manifest, write_rows
 from data_prep.folders.results import Result, read_results
 from eval.fidelity import FidelityConfig, main
-from eval.likeness.colour import coloured_row
+from eval.likeness.descriptor_rows import coloured_row
+from eval.likeness.reported import NUMBERS
 from eval.likeness.rows import Classified, ClassifiedSets, Naming, fidelity_rows
+from eval.stats.number import by_name
 from eval.tiles.config import SlicesConfig
 from eval.tiles.sets import read_real, real_cuts
 from prompts.captions import caption
@@ -159,6 +161,13 @@ def test_slices_that_are_not_grey_are_counted(tmp_path: Path) -> None:
     row = coloured_row(sorted(tmp_path.glob("*.png")))
     assert (row.value, row.n, row.verdict) == (0.5, 4, "grey")
     assert "; 11.0 over all;" in row.reason
+
+
+def test_rows_have_the_unit_and_the_tier_that_their_number_declares(checked: Path) -> None:
+    declared = by_name(NUMBERS)
+    rows = [row for row in read_results(checked / "results.jsonl") if row.metric in declared]
+    assert {row.metric for row in rows} == set(declared)
+    assert [row for row in rows if (row.unit, row.tier) != (declared[row.metric].unit, declared[row.metric].tier)] == []
 
 
 def test_rows_name_what_they_depend_on_and_how_to_get_them_again(checked: Path) -> None:
