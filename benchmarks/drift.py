@@ -46,7 +46,7 @@ RECIPE = "lora_dreambooth"
 LEARNS = ("--lora_targets", "attention+resnet", "--rank", "32", "--learning_rate", "1e-3", "--train_batch_size", "5")
 STEPS, EVERY = 200, 20
 TRIPS_AT, RUINED_BELOW = 0.1, 0.5
-"""What eval/drift_policy.yaml calls a change worth a look, and a prompt that is lost."""
+"""What eval/forgetting/drift_policy.yaml calls a change worth a look, and a prompt that is lost."""
 NUM_PICTURES = 48
 MOST_COLUMNS, HEADER = 6, 18
 

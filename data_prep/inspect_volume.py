@@ -94,7 +94,7 @@ class InspectConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Look:
+class Inspection:
     """What was seen.
 
     Attributes:
@@ -162,7 +162,7 @@ def _warn(warnings: Sequence[str]) -> None:
         print(f"warning: {warning}", file=sys.stderr)
 
 
-def look_at(plan: Plan, roles: tuple[int, int, int]) -> Look:
+def look_at(plan: Plan, roles: tuple[int, int, int]) -> Inspection:
     """Read some planes and make slices of all directions of them.
 
     Args:
@@ -199,7 +199,7 @@ def look_at(plan: Plan, roles: tuple[int, int, int]) -> Look:
         start = time.perf_counter()
     slices = {0: planes} | {axis: {n: np.stack(some) for n, some in found.items()} for axis, found in rows.items()}
     some = [picture for found in slices.values() for picture in found.values()]
-    return Look(
+    return Inspection(
         slices=slices,
         edges=edges,
         counts=counts,
@@ -230,7 +230,7 @@ def _of_values(window: WindowEstimate) -> str:
     )
 
 
-def _of_slicing(plan: Plan, look: Look, config: SliceConfig) -> str:
+def _of_slicing(plan: Plan, look: Inspection, config: SliceConfig) -> str:
     """Say what slicing would give: counts, time, disk."""
     parts, pixels = [], 0
     for name, axis in zip(AXES, config.roles, strict=True):
@@ -247,7 +247,7 @@ def _of_slicing(plan: Plan, look: Look, config: SliceConfig) -> str:
     )
 
 
-def draw(plan: Plan, look: Look, roles: tuple[int, int, int], output: Path) -> None:
+def draw(plan: Plan, look: Inspection, roles: tuple[int, int, int], output: Path) -> None:
     """Write the picture: a row of slices for each direction, and the histogram."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -280,7 +280,7 @@ def _size(plan: Plan, axis: int) -> float:
     return plan.volume.info.shape[axis] * (edges[axis] if edges else 1.0)
 
 
-def _draw_histogram(plot: Any, look: Look, window: WindowEstimate) -> None:
+def _draw_histogram(plot: Any, look: Inspection, window: WindowEstimate) -> None:
     """Draw how often stored values occur, and where black and white lie."""
     plot.fill_between(look.edges[:-1], look.counts, step="post", color="0.6")
     plot.set_yscale("symlog", linthresh=10)

@@ -39,7 +39,7 @@ _SPLIT_NAME = re.compile(r"(train|test|val|valid|validation|dev|eval)[-_. ]", re
 
 
 @dataclass(frozen=True, kw_only=True)
-class Verdict:
+class FolderCheck:
     """What a check found.
 
     Attributes:
@@ -65,7 +65,7 @@ class _Picture:
     problem: str = ""
 
 
-def verify(dataset: Path, *, decode: bool = True) -> Verdict:
+def verify(dataset: Path, *, decode: bool = True) -> FolderCheck:
     """Check a dataset folder and return every problem found.
 
     Args:
@@ -98,7 +98,7 @@ def verify(dataset: Path, *, decode: bool = True) -> Verdict:
     by_axis = isinstance(options, dict) and options.get("split") == "index" and len(axes) > 1
     problems += _overlap_problems(records, by_axis=by_axis)
     counts = {split: len(rows) for split, rows in records.items()}
-    return Verdict(problems=tuple(problems), counts=counts, leak=_leak(records, by_axis))
+    return FolderCheck(problems=tuple(problems), counts=counts, leak=_leak(records, by_axis))
 
 
 def _leak(records: dict[str, list[dict[str, object]]], by_axis: bool) -> str:

@@ -16,7 +16,7 @@ from PIL import Image
 
 from configs.errors import InputError
 from data_prep.folders import manifest
-from data_prep.folders.checks import Verdict, captioned, split_folders
+from data_prep.folders.checks import FolderCheck, captioned, split_folders
 from data_prep.page.buckets import bucket_of, square_of
 
 REPORT_NAME = "report.html"
@@ -27,7 +27,7 @@ _STORED = "zyx"
 _THUMBNAIL, _MOST_CELLS, _MOST_CAPTIONS, _MOST_SHAPES = 320, 36, 20, 12
 
 
-def render(dataset: Path, verdict: Verdict, *, resolution: int = 512, step: int = 64) -> str:
+def render(dataset: Path, verdict: FolderCheck, *, resolution: int = 512, step: int = 64) -> str:
     """Return the page; every text from a file is escaped by the template.
 
     Args:

@@ -23,7 +23,7 @@ from data_prep.readers.info import ReadConfig, Unopened, VolumeInfo, without
 from data_prep.readers.places import Place, UnreachableError, one_line, open_place, read_into, size_of
 from data_prep.readers.tiff_metadata import voxel_um_of
 from data_prep.readers.tiff_pages import (
-    Page,
+    TiffPage,
     check_apart,
     check_lzw,
     check_values,
@@ -181,7 +181,7 @@ def _damaged(path: Place, records: Sequence[str]) -> str:
 
 
 def _describe(
-    path: Place, tif: tifffile.TiffFile, pages: list[Page], num_bytes: int, config: ReadConfig, *, lost: str | None
+    path: Place, tif: tifffile.TiffFile, pages: list[TiffPage], num_bytes: int, config: ReadConfig, *, lost: str | None
 ) -> TiffVolume:
     """Check that the pages are one volume and say what is in it."""
     if lost is not None:
@@ -273,7 +273,7 @@ def _starts(path: Place, stack: Stack, num_bytes: int) -> NDArray[np.int64] | No
     return first + kind.plane_bytes * (stack.start_plane + stack.step * np.arange(stack.num_planes, dtype=np.int64))
 
 
-def _storage(tif: tifffile.TiffFile, page: Page, starts: NDArray[np.int64] | None) -> str:
+def _storage(tif: tifffile.TiffFile, page: TiffPage, starts: NDArray[np.int64] | None) -> str:
     """Say how a volume is stored."""
     if starts is not None:
         is_block = bool(np.all(np.diff(starts) == page.kind.plane_bytes))
@@ -295,7 +295,7 @@ def _calibration(tif: tifffile.TiffFile) -> str | None:
     return f"ImageJ calibration: value = {said['c0']} + {said['c1']} x stored; windows are in stored values"
 
 
-def _forced(path: Place, page: Page, num_pages: int, num_bytes: int) -> TiffVolume:
+def _forced(path: Place, page: TiffPage, num_pages: int, num_bytes: int) -> TiffVolume:
     """Take the three stored axes of a single page as Z, Y, X."""
     kind = page.kind
     if num_pages > 1 or kind.samples == 1:

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from configs.errors import InputError
 from data_prep.readers.info import ReadConfig, VolumeInfo, without
 from data_prep.readers.places import Place, UnreachableError, inside, one_line, open_place, read_into
-from data_prep.readers.tiff_pages import Page, check_lzw, check_values, log_records, native, open_page
+from data_prep.readers.tiff_pages import TiffPage, check_lzw, check_values, log_records, native, open_page
 
 _SUFFIXES = (".tif", ".tiff")
 _PICTURES = (".png", ".jpg", ".jpeg", ".bmp")
@@ -83,7 +83,7 @@ def open_tiff_folder(folder: Place, names: Sequence[str], config: ReadConfig) ->
     """
     names = in_order(folder, names, config)
     files = tuple(inside(folder, name) for name in names)
-    pages: list[Page | None] = []
+    pages: list[TiffPage | None] = []
     num_bytes, bad = 0, list[int]()
     for z, path in enumerate(files):
         try:

@@ -54,7 +54,7 @@ class Kind(NamedTuple):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Page:
+class TiffPage:
     """One directory.
 
     Attributes:
@@ -83,7 +83,7 @@ class Page:
     offsets: NDArray[np.int64]
     counts: NDArray[np.int64]
 
-    def sub_pages(self, tif: tifffile.TiffFile) -> list[Page]:
+    def sub_pages(self, tif: tifffile.TiffFile) -> list[TiffPage]:
         """Return the smaller copies below this page, largest first as stored."""
         below = tif.pages[self.number].pages or ()
         found = []
@@ -93,10 +93,10 @@ class Page:
         return found
 
 
-class Found(NamedTuple):
+class PagesFound(NamedTuple):
     """The pages of a file; ``lost`` says what is missing after them, None if nothing is."""
 
-    pages: list[Page]
+    pages: list[TiffPage]
     lost: str | None
 
 
@@ -104,7 +104,7 @@ class _LostError(Exception):
     """Bytes that a directory speaks of are not there."""
 
 
-def read_pages(path: Place, tif: tifffile.TiffFile, file: BinaryIO, num_bytes: int, *, is_partial: bool) -> Found:
+def read_pages(path: Place, tif: tifffile.TiffFile, file: BinaryIO, num_bytes: int, *, is_partial: bool) -> PagesFound:
     """Read every directory of the chain.
 
     Args:
@@ -121,7 +121,7 @@ def read_pages(path: Place, tif: tifffile.TiffFile, file: BinaryIO, num_bytes: i
     offsets, lost = _chain(file, num_bytes)
     if lost and not is_partial:
         raise InputError(f"{path}: is truncated or damaged: {lost}; copy it again from its source")
-    pages: list[Page] = []
+    pages: list[TiffPage] = []
     for number in range(len(offsets)):
         try:
             page = tif.pages[number]
@@ -129,12 +129,12 @@ def read_pages(path: Place, tif: tifffile.TiffFile, file: BinaryIO, num_bytes: i
         except _LostError as error:
             if not is_partial:
                 raise InputError(f"{path}: is truncated: {error}") from None
-            return Found(pages, str(error))
+            return PagesFound(pages, str(error))
         except (InputError, tifffile.TiffFileError) as error:
             if not is_partial:
                 raise InputError(f"{path}: page {number} of {len(offsets)} is damaged ({error})") from None
-            return Found(pages, f"page {number}: {error}")
-    return Found(pages, lost)
+            return PagesFound(pages, f"page {number}: {error}")
+    return PagesFound(pages, lost)
 
 
 def _chain(file: BinaryIO, num_bytes: int) -> tuple[list[int], str | None]:
@@ -188,7 +188,7 @@ def _bytes(file: BinaryIO, offset: int, count: int) -> bytes:
     return file.read(count)
 
 
-def _page(page: Any, number: int, num_bytes: int, *, level: int, of: int = 1) -> Page:
+def _page(page: Any, number: int, num_bytes: int, *, level: int, of: int = 1) -> TiffPage:
     """Check one directory and keep what is needed of it."""
     what = f"plane {number}"
     if page.dtype is None or page.photometric is None or not isinstance(page.bitspersample, int):
@@ -217,7 +217,7 @@ def _page(page: Any, number: int, num_bytes: int, *, level: int, of: int = 1) ->
     if (end := int((offsets + counts).max())) > num_bytes or offsets.min() < 8:
         raise _LostError(f"{what} ends at byte {end} of {num_bytes}")
     tags = len(page.tags)
-    return Page(
+    return TiffPage(
         number=number,
         level=level,
         kind=kind,
@@ -293,7 +293,7 @@ def check_lzw(page: Any) -> None:
             raise InputError(f"strip {number} begins with an invalid code")
 
 
-def check_apart(path: Place, pages: Sequence[Page]) -> None:
+def check_apart(path: Place, pages: Sequence[TiffPage]) -> None:
     """Check that no byte belongs to two strips or directories, as the offsets of a damaged file claim.
 
     Raises:
@@ -309,7 +309,7 @@ def check_apart(path: Place, pages: Sequence[Page]) -> None:
         raise InputError(f"{path}: is damaged: two strips or directories claim byte {where}")
 
 
-def open_page(path: Place) -> tuple[Page, int]:
+def open_page(path: Place) -> tuple[TiffPage, int]:
     """Return the only page of a file, and the size of the file.
 
     Raises:

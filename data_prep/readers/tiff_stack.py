@@ -16,13 +16,13 @@ from configs.errors import InputError
 from data_prep.readers.info import ReadConfig
 from data_prep.readers.places import Place
 from data_prep.readers.tiff_metadata import Axes, axes_of
-from data_prep.readers.tiff_pages import Page
+from data_prep.readers.tiff_pages import TiffPage
 
 
 class Stack(NamedTuple):
     """The pages that are the planes of a volume; ``num_planes`` follow one another from a single page if 1 page."""
 
-    pages: list[Page]
+    pages: list[TiffPage]
     num_planes: int
     warnings: tuple[str, ...]
     label: str
@@ -30,10 +30,10 @@ class Stack(NamedTuple):
     step: int = 1
 
 
-def stack_of(path: Place, tif: tifffile.TiffFile, pages: list[Page], num_bytes: int, config: ReadConfig) -> Stack:
+def stack_of(path: Place, tif: tifffile.TiffFile, pages: list[TiffPage], num_bytes: int, config: ReadConfig) -> Stack:
     """Return the pages that are the planes of the volume, or say why they are not one volume."""
     full = [page for page in pages if not page.is_reduced] or pages
-    runs: list[list[Page]] = []
+    runs: list[list[TiffPage]] = []
     for page in full:
         if runs and runs[-1][-1].kind == page.kind:
             runs[-1].append(page)
@@ -68,7 +68,7 @@ def stack_of(path: Place, tif: tifffile.TiffFile, pages: list[Page], num_bytes: 
     return _smaller(path, tif, stack, pages, config.level) if config.level else stack
 
 
-def _largest(path: Place, runs: list[list[Page]]) -> int:
+def _largest(path: Place, runs: list[list[TiffPage]]) -> int:
     """Return the run of pages that is the volume, beside thumbnails; all others must be clearly smaller."""
     if len(runs) == 1:
         return 0
@@ -83,14 +83,14 @@ def _largest(path: Place, runs: list[list[Page]]) -> int:
     return chosen
 
 
-def _listed(runs: Sequence[Sequence[Page]]) -> str:
+def _listed(runs: Sequence[Sequence[TiffPage]]) -> str:
     """Name stacks of pages, with the numbers --series takes."""
     words = [f"{len(run)} of {run[0].kind.rows}x{run[0].kind.columns} {run[0].kind.dtype.name}" for run in runs[:6]]
     return ", ".join(words) + (" ..." if len(runs) > 6 else "")
 
 
 def _declared(
-    path: Place, declared: list[Axes], runs: list[list[Page]], chosen: int, config: ReadConfig
+    path: Place, declared: list[Axes], runs: list[list[TiffPage]], chosen: int, config: ReadConfig
 ) -> Axes | None:
     """Return what the metadata says of the chosen pages, after checking it against what is there."""
     if not declared:
@@ -111,7 +111,7 @@ def _declared(
     return None if len(runs) > 1 and declared[0].num_planes == 1 else declared[0]
 
 
-def _declared_stack(path: Place, axes: Axes, run: list[Page], num_bytes: int, config: ReadConfig) -> Stack:
+def _declared_stack(path: Place, axes: Axes, run: list[TiffPage], num_bytes: int, config: ReadConfig) -> Stack:
     """Put the pages in the order that the metadata gives, and choose among channels and time steps."""
     stacked = {name: size for name, size in zip(axes.names, axes.sizes, strict=True) if name not in "YXS"}
     plane = [size for name, size in zip(axes.names, axes.sizes, strict=True) if name in "YX"]
@@ -164,7 +164,7 @@ def _declared_stack(path: Place, axes: Axes, run: list[Page], num_bytes: int, co
     )
 
 
-def _by_number(path: Place, numbers: Sequence[int | None], run: list[Page]) -> list[Page]:
+def _by_number(path: Place, numbers: Sequence[int | None], run: list[TiffPage]) -> list[TiffPage]:
     """Return pages in the order that OME metadata gives."""
     pages = {page.number: page for page in run}
     if None in numbers or len(set(numbers)) < len(numbers) or set(numbers) != set(pages):
@@ -172,7 +172,7 @@ def _by_number(path: Place, numbers: Sequence[int | None], run: list[Page]) -> l
     return [pages[number] for number in numbers if number is not None]
 
 
-def _smaller(path: Place, tif: tifffile.TiffFile, stack: Stack, pages: list[Page], level: int) -> Stack:
+def _smaller(path: Place, tif: tifffile.TiffFile, stack: Stack, pages: list[TiffPage], level: int) -> Stack:
     """Return the same planes at a smaller size: from the sub-directories, or from pages marked as reduced."""
     full = stack.pages[0].kind
     below = [page.sub_pages(tif) for page in stack.pages]
