@@ -189,8 +189,9 @@ def leak_figures(config: DriftBenchmarkConfig) -> dict[str, Any]:
     """Replace half of the base model's probe pictures by held-out slices, and return the leak that is read."""
     import numpy as np
 
-    from eval.forgetting.leak import is_leaked, read_slices
+    from eval.forgetting.leak import read_slices
     from eval.forgetting.light import LightDrift, few_probes
+    from eval.forgetting.picture_scores import is_leaked
     from eval.forgetting.policy import GUARD
     from finetune.diffusion.config import SamplingConfig
     from finetune.diffusion.models import load_models

@@ -9,6 +9,7 @@ box that names the command which would fill it. With --policy strict a box that 
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -54,6 +55,8 @@ def main(config: ReportConfig) -> None:
     partial.write_bytes(page.content)
     partial.replace(config.output)
     print(f"{config.output}: {len(page.content) / 1e6:.2f} MB; open it in a browser")
+    if page.note:
+        print(f"note: {page.note[:1].lower()}{page.note[1:]}", file=sys.stderr)
     if page.stopped and config.policy == "strict":
         found = "; ".join(f"{box['title'].lower()}: {box['reason']}" for box in page.stopped)
         raise GateError(f"--policy strict: {found} See {config.output}")

@@ -62,6 +62,18 @@ def size_of(provenances: Sequence[Mapping[str, object]], prompt: str | None = No
     return next((size for size in sizes if size), None)
 
 
+def bucket_size_of(provenances: Sequence[Mapping[str, object]]) -> tuple[int, int] | None:
+    """Return the (height, width) in px of most training pictures of the last adapter that was trained in buckets.
+
+    None if none was: without buckets all pictures have one square shape.
+    """
+    for provenance in reversed(provenances):
+        sizes = [_size(shape) for shape in shapes_of([provenance])]
+        if sizes and sizes[0] is not None and (len(sizes) > 1 or sizes[0][0] != sizes[0][1]):
+            return sizes[0]
+    return None
+
+
 def shapes_of(provenances: Sequence[Mapping[str, object]]) -> list[Mapping[str, object]]:
     """Return the shapes that adapters were trained in, each with its captions, those of the last adapter first."""
     listed = [provenance.get("shapes") for provenance in reversed(provenances)]

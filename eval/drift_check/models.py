@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from data_prep.folders.provenance import base_mismatch, pipeline_provenance
+from data_prep.folders.provenance import base_mismatch, bucket_size_of, pipeline_provenance
 from finetune.diffusion.adapters import set_adapter_scale
 from finetune.diffusion.config import SamplingConfig
 from finetune.diffusion.hashes import model_hash
@@ -33,9 +33,12 @@ class BaseAndTuned:
     trained_on: str
 
     def sized(self, sampling: SamplingConfig) -> SamplingConfig:
-        """Return the settings with height and width: as typed, else the base's own."""
-        height, width = sampling.height or self.base.size_px, sampling.width or self.base.size_px
-        return replace(sampling, height=height, width=width)
+        """Return the settings with height and width: as typed, else of most training pictures, else the base's own.
+
+        The shape of the training pictures counts where they were in buckets; without, all is as the base draws it.
+        """
+        height, width = bucket_size_of(self.provenances) or (self.base.size_px, self.base.size_px)
+        return replace(sampling, height=sampling.height or height, width=sampling.width or width)
 
     def set_strength(self, strength: float) -> None:
         """Put the adapters on at a share of the strength asked for, 0 for none; nothing to do for two models."""

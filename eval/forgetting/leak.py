@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from configs.errors import InputError
 from data_prep.folders.manifest import is_inside, read_records
+from eval.forgetting.picture_scores import is_leaked
 from eval.stats.arrays import Floats, Grey
 from eval.tiles.features import cover, read_grey, to_grey
 from finetune.diffusion.models import Models
@@ -27,8 +28,6 @@ from finetune.diffusion.vae import decode, slice_latents
 
 MIN_RECALL = 0.9
 MAX_FALSE_ALARM = 0.1  # of 48 pictures, 5 % would be two; the base's own share is the floor of each score anyway
-LEAKED_SHARE = 0.3
-"""A picture with more than this share of slice-like patches counts as leaked."""
 PATCH_RECALL = 0.9
 MOST_LOG_ODDS = 3.0  # a probability of 95 %
 LARGEST_PATCH = 64
@@ -169,11 +168,6 @@ def train_leak_net(slices: Sequence[Grey], others: Sequence[NDArray[np.uint8]], 
         optimizer.step()
         rate.step()
     return LeakNet(net=net.eval(), patch=patch)
-
-
-def is_leaked(patch_shares: Floats) -> Floats:
-    """Return 1 for pictures that count as leaked, else 0."""
-    return np.asarray(patch_shares > LEAKED_SHARE, dtype=np.float64)
 
 
 def read_slices(split: Path, size: tuple[int, int], *, limit: int, seed: int = 0) -> list[Grey]:

@@ -15,11 +15,13 @@ from numpy.typing import NDArray
 
 from eval.forgetting.colour import FAINT, MEASURES
 from eval.forgetting.evidence import Evidence, Views
-from eval.forgetting.leak import LeakNet, is_leaked
 from eval.stats.arrays import Floats
 from eval.stats.distances import Interval
 from eval.stats.intervals import chance_of_hits, hierarchical, noise_band, ratio_of_means, share_interval
 from prompts.probe_lists import Probe
+
+LEAKED_SHARE = 0.3
+"""A picture with more than this share of slice-like patches counts as leaked."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,13 +31,13 @@ class Measured:
     Attributes:
         probes: P of them.
         evidence: pictures of both models.
-        detector: recognises training slices; None if there is none that can.
+        patch_shares: returns the share of slice-like patches of pictures, (N, H, W, 3) -> (N,); None if nothing can.
         views: name of an encoder -> what it sees.
     """
 
     probes: Sequence[Probe]
     evidence: Evidence
-    detector: LeakNet | None = None
+    patch_shares: Callable[[NDArray[np.uint8]], Floats] | None = None
     views: Mapping[str, Views] = field(default_factory=dict)
 
     @cached_property
@@ -56,11 +58,11 @@ class Measured:
         """The share of slice-like patches of the tuned and of the base pictures, (P, S) each.
 
         Raises:
-            ValueError: there is no detector.
+            ValueError: nothing can tell.
         """
-        if self.detector is None:
+        shares = self.patch_shares
+        if shares is None:
             raise ValueError("no detector of training slices")
-        shares = self.detector.patch_shares
         return per_picture(shares, self.evidence.tuned), per_picture(shares, self.evidence.base)
 
 
@@ -83,6 +85,11 @@ class Score:
     counts: NDArray[np.bool_]
     why_not: str
     per_picture: Mapping[str, Floats] = field(default_factory=dict)
+
+
+def is_leaked(patch_shares: Floats) -> Floats:
+    """Return 1 for pictures that count as leaked, else 0."""
+    return np.asarray(patch_shares > LEAKED_SHARE, dtype=np.float64)
 
 
 def per_picture(measure: Callable[[NDArray[np.uint8]], Floats], pictures: NDArray[np.uint8]) -> Floats:

@@ -63,7 +63,8 @@ def score_drift(
     if not num_seeds:  # a pulse
         return [*rows, _overall(rows)], []
     seen = {view.kind: view for view in views}
-    measured = Measured(probes=probes, evidence=evidence, detector=detector, views=seen)
+    shares = None if detector is None else detector.patch_shares
+    measured = Measured(probes=probes, evidence=evidence, patch_shares=shares, views=seen)
     has = ["", "slices"] if detector is not None else [""]
     wanted = [one for one in scores if one.needs in has]
     wanted += [one for kind in seen for one in scores if one.needs == kind]

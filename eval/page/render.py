@@ -29,6 +29,7 @@ from eval.page.inputs import (
     read_run,
 )
 from eval.page.memorization import memorization_sections
+from eval.page.same_model import note_of_other_models
 from eval.page.verdict_strip import suggestion, verdict_boxes
 
 TEMPLATE = "report.html.jinja"
@@ -37,9 +38,10 @@ SCRIPT = "report_film.js"
 
 @dataclass(frozen=True, kw_only=True)
 class Page:
-    """A page, and those of its verdict boxes that say stop."""
+    """A page, those of its verdict boxes that say stop, and a note if it mixes models."""
 
     content: bytes
+    note: str
     stopped: tuple[dict[str, str], ...]
 
 
@@ -58,17 +60,18 @@ def make_page(run: Path | None, results: Sequence[Path], title: str | None) -> P
     """
     read = read_run(run) if run else None
     folders = [read_folder(path) for path in results]
-    page = render(title or (run.name if run else "Tisserand report"), read, folders).encode()
+    note = note_of_other_models(read, folders)
+    page = render(title or (run.name if run else "Tisserand report"), read, folders, note).encode()
     if len(page) > LARGEST_PAGE:
         raise TisserandError(
             f"--results: the page would have {len(page) / 1e6:.1f} MB, more than {LARGEST_PAGE / 1e6:.0f}; give fewer"
         )
     stopped = [box for box in verdict_boxes(folders, read) if box["verdict"] == "stop"]
-    return Page(content=page, stopped=tuple(stopped))
+    return Page(content=page, note=note, stopped=tuple(stopped))
 
 
-def render(title: str, run: ReportedRun | None, folders: Sequence[ResultsFolder]) -> str:
-    """Return the page; every text from a file is escaped by the template."""
+def render(title: str, run: ReportedRun | None, folders: Sequence[ResultsFolder], note: str = "") -> str:
+    """Return the page, with a note at its top; every text from a file is escaped by the template."""
     pictures = Pictures()
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
@@ -82,6 +85,7 @@ def render(title: str, run: ReportedRun | None, folders: Sequence[ResultsFolder]
     samples = sample_cards(folders, pictures)
     return environment.get_template(TEMPLATE).render(
         title=title,
+        note=note,
         boxes=verdict_boxes(folders, run),
         dataset=dataset_box(find_dataset(run, folders)),
         curve=loss_curve(run),

@@ -146,7 +146,7 @@ def train_and_save(opened: Opened, config: RecipeConfig, method: Method) -> None
     denoiser = Denoiser(models.text_encoder if batches.learns_text else None, models.unet)
     run = dataclasses.replace(opened.run, train=fit_micro_batch(opened.run, denoiser, learns, method.updates, loss))
     opened, updates = dataclasses.replace(opened, run=run), method.updates.cut(run.train)
-    drift = DriftWatch(config.drift, opened, learns, averages, watch.of(opened), size=batches.size)
+    drift = DriftWatch(config.drift, opened, learns, averages, watch.of(opened), shape=next(iter(batches.shapes)))
     previews = Previews(
         models,
         config.previews,

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import hashlib
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from configs.errors import UsageError
 from data_prep.folders.hashes import sha256_of
-from finetune.diffusion.models import Models
+
+if TYPE_CHECKING:
+    from finetune.diffusion.models import Models
 
 _PARTS = ("scheduler", "text_encoder", "tokenizer", "unet", "vae")
 

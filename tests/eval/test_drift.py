@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from skimage.color import rgb2gray, rgb2hsv
 from test_leak import stripes, weave, write_split
 
@@ -506,3 +507,26 @@ def test_strict_ends_a_stop_with_the_code_of_a_gate_and_keeps_the_results(
 def test_strict_is_a_gate_and_guard_is_none() -> None:
     assert read_policy("strict").is_gate
     assert not read_policy("guard").is_gate
+
+
+@pytest.mark.parametrize(
+    ("shapes", "typed", "size"),
+    [
+        ([(40, 24, 9), (24, 40, 3)], {}, (40, 24)),
+        ([(24, 40, 5)], {}, (24, 40)),
+        ([(40, 24, 9), (24, 40, 3)], {"height": 32, "width": 48}, (32, 48)),
+        ([(48, 48, 9)], {}, (32, 32)),
+        ([], {}, (32, 32)),
+    ],
+)
+def test_probes_have_the_shape_of_most_training_pictures_where_these_were_in_buckets(
+    shapes: list[tuple[int, int, int]], typed: dict[str, int], size: tuple[int, int], toy_sd: Path, probes: Path,
+    tmp_path: Path,
+) -> None:  # fmt: skip
+    told = [{"height": rows, "width": columns, "captions": {"sf_dry": count}} for rows, columns, count in shapes]
+    run = write_lora(toy_sd, tmp_path / "run", ["sf_dry"], shapes=told)
+    sampling = SamplingConfig(num_inference_steps=2, batch_size=8, **typed)
+    main(settings(toy_sd, probes, tmp_path / "out", adapter=(run,), num_images=1, sampling=sampling))
+    files = sorted((tmp_path / "out").glob("*/G*.png"))
+    assert len(files) == 8
+    assert {np.asarray(Image.open(path)).shape[:2] for path in files} == {size}

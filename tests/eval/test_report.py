@@ -1,9 +1,11 @@
 from __future__ import annotations
 
 import base64
+import hashlib
 import io
 import json
 import re
+import shutil
 from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
@@ -468,3 +470,61 @@ def test_text_of_a_watched_run_is_escaped(tmp_path: Path, what: str) -> None:
     text = render(tmp_path / "report.html", run)
     assert "script" not in Page(text).tags
     assert SCRIPT not in text
+
+
+def write_weights(run: Path, base: str, content: bytes = b"weights") -> str:
+    """Write what a LoRA run leaves of itself; return the hash of its weights."""
+    (run / "pytorch_lora_weights.safetensors").write_bytes(content)
+    (run / "provenance.json").write_text(json.dumps({"base_model": {"name": "sd", "hash": base}}))
+    return hashlib.sha256(content).hexdigest()
+
+
+def with_hashes(results: Path, **hashes: str) -> Path:
+    """Let every row of a check name the models it was made with."""
+    named = {name.replace("_", " "): value for name, value in hashes.items()}
+    rows = [replace(row, hashes=named) for row in read_results(results / "results.jsonl")]
+    write_results(results / "results.jsonl", rows)
+    return results
+
+
+@pytest.mark.parametrize(
+    ("base", "adapter", "note"),
+    [
+        ("b", "own", ""),
+        ("b", "other", "drift (other weights)"),
+        ("other", "own", "drift (another base model)"),
+    ],
+)
+def test_results_of_another_model_than_the_run_are_named(
+    base: str, adapter: str, note: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = write_run(tmp_path / "lora", write_dataset(tmp_path / "weave"))
+    own = write_weights(run, "b")
+    check = with_hashes(write_drift(tmp_path / "drift"), base=base, adapter_0=own if adapter == "own" else adapter)
+    text = render(tmp_path / "report.html", run, check, write_fidelity(tmp_path / "fidelity"))
+    said = f"esults of another model than --run {run}: {tmp_path / note}. They say nothing about this run."
+    assert (f"R{said}" in text, f"note: r{said}" in capsys.readouterr().err) == ((True, True) if note else (False,) * 2)
+    assert ("of another model" in text) == bool(note)
+
+
+def test_a_checkpoint_of_the_run_is_the_run_and_pictures_of_the_bare_base_are_not(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "lora", write_dataset(tmp_path / "weave"))
+    write_weights(run, "b")
+    (run / "checkpoint-100").mkdir()
+    earlier = write_weights(run / "checkpoint-100", "b", b"earlier")
+    check = with_hashes(write_drift(tmp_path / "drift"), base="b", adapter_0=earlier)
+    slices = tmp_path / "slices"
+    slices.mkdir()
+    (slices / "records.jsonl").write_text(json.dumps({"base_model": {"hash": "b"}, "adapters": []}) + "\n")
+    assert "slices (without its adapter). They" in render(tmp_path / "report.html", run, check, slices)
+
+
+def test_a_tuned_pipeline_is_told_by_the_hash_of_its_parts(toy_sd: Path, tmp_path: Path) -> None:
+    from finetune.diffusion.hashes import model_hash
+
+    run = write_run(tmp_path / "full", write_dataset(tmp_path / "weave"))
+    shutil.copytree(toy_sd, run, dirs_exist_ok=True)
+    for name, tuned in (("right", model_hash(str(run))), ("wrong", "w")):
+        check = with_hashes(write_drift(tmp_path / name), base="b", tuned=tuned)
+        text = render(tmp_path / f"{name}.html", run, check)
+        assert ("wrong (other weights). They" in text) == (name == "wrong")

@@ -104,7 +104,7 @@ class DriftWatch:
         averages: Averages,
         watch: Watch,
         *,
-        size: int,
+        shape: tuple[int, int],
     ) -> None:
         """Read probes and policy, and what an earlier part of the run found.
 
@@ -114,7 +114,7 @@ class DriftWatch:
             learns: what is kept of the best check.
             averages: of it; they are what is looked at and kept, where there are any.
             watch: knows the held-out images, if there are any.
-            size: side of the pictures, px.
+            shape: (height, width) in px of the pictures: that of most training pictures.
 
         Raises:
             UsageError: no such probes or policy, or a run that cannot be compared with its base model.
@@ -137,8 +137,8 @@ class DriftWatch:
             captions=few_captions([image.caption for image in opened.images]),
             sampling=SamplingConfig(
                 num_inference_steps=SAMPLING_STEPS,
-                height=size,
-                width=size,
+                height=shape[0],
+                width=shape[1],
                 batch_size=min(MOST_TOGETHER, run.train.micro_batch),
             ),
             policy=policy,

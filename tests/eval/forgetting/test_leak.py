@@ -11,7 +11,8 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from configs.errors import InputError
-from eval.forgetting.leak import LeakNet, is_leaked, read_slices, round_trip, train_leak_net
+from eval.forgetting.leak import LeakNet, read_slices, round_trip, train_leak_net
+from eval.forgetting.picture_scores import is_leaked
 from finetune.diffusion.models import load_models
 
 SIDE = 32

@@ -125,6 +125,22 @@ def test_checks_of_drift_look_at_the_held_out_images_that_were_named(train: Trai
         train("nothing", "--validation_data_dir", tmp_path / "nothing")
 
 
+def test_probes_have_the_shape_of_most_pictures_of_a_run_in_buckets(
+    reported: Path, train: Train, tmp_path: Path
+) -> None:
+    data = write_images(tmp_path / "data" / "train", 0, 6)
+    for path in sorted(data.glob("*.png"))[:4]:  # two rows to three columns
+        Image.fromarray(np.zeros((32, 48), dtype=np.uint8)).save(path)
+    run = train("buckets", "--train_data_dir", data, "--buckets", "--max_train_steps", "1")
+    shapes = json.loads((run / "provenance.json").read_text())["shapes"]
+    assert len(shapes) == 2
+    for folder, (height, width) in ((run, (shapes[0]["height"], shapes[0]["width"])), (reported, (32, 32))):
+        base = load_file(folder / "drift" / "base.safetensors")
+        assert base["pictures"].shape == (2, 4, height, width, 3)
+        assert base["predictions"].shape[-2:] == base["caption_latents"].shape[-2:]
+    assert shapes[0]["height"] < shapes[0]["width"]
+
+
 def test_under_report_the_run_goes_to_its_end_and_keeps_the_last_weights(reported: Path) -> None:
     told = selection_of(reported)
     assert (told["selected_step"], told["last_step"], told["ended"], told["saved_steps"]) == (6, 6, "", 0)
