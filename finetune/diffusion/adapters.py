@@ -16,7 +16,7 @@ from torch import Tensor
 from configs.errors import InputError
 from data_prep.folders.run_folder import EMBEDDINGS_FILE, LORA_FILE, PROVENANCE_KEY
 from finetune.diffusion.config import NoiseConfig
-from finetune.diffusion.models import Models, as_pipeline
+from finetune.diffusion.models import Models, as_pipeline, evaluating
 from finetune.diffusion.noise import trained_scheduler
 from finetune.diffusion.run_files.checkpoint_adapters import weights_of, write_adapters
 
@@ -203,14 +203,12 @@ def _adapted_layers(models: Models) -> list[Any]:
 
 @contextmanager
 def adapters_off(models: Models) -> Iterator[None]:
-    """Switch LoRA off, and dropout with it, and put everything back as it was: training goes on afterwards."""
-    from peft.tuners.lora import LoraLayer
+    """Run the base model for a ``with`` block: adapters of every kind are off, and dropout with them.
 
-    from finetune.diffusion.models import evaluating
-
-    parts = (models.unet, models.text_encoder)
-    layers = [layer for part in parts for layer in part.modules() if isinstance(layer, LoraLayer)]
-    learning = [parameter for layer in layers for parameter in layer.parameters() if parameter.requires_grad]
+    Afterwards all is as it was: what is on, what has gradients, what is in training mode.
+    """
+    layers = [layer for layer in _adapted_layers(models) if not layer.disable_adapters]
+    learning = [(parameter, parameter.requires_grad) for layer in layers for parameter in layer.parameters()]
     with evaluating(models):
         for layer in layers:
             layer.enable_adapters(False)
@@ -219,6 +217,5 @@ def adapters_off(models: Models) -> Iterator[None]:
         finally:
             for layer in layers:
                 layer.enable_adapters(True)
-                layer.requires_grad_(False)
-            for parameter in learning:
-                parameter.requires_grad_(True)
+            for parameter, learned in learning:  # peft lets whatever is active learn
+                parameter.requires_grad_(learned)

@@ -1,4 +1,4 @@
-"""What a model's own denoising loss says of real slices: which it has seen, and which caption it thinks they have.
+"""Denoising at fixed noise: what a model predicts, and its loss on given pictures.
 
 Noise and timesteps are fixed, so that two models, or two captions, differ in nothing else.
 Shapes: N pictures, T timesteps, latents (N, 4, h, w).
@@ -6,7 +6,9 @@ Shapes: N pictures, T timesteps, latents (N, 4, h, w).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -14,8 +16,9 @@ from diffusers import DDPMScheduler
 from numpy.typing import NDArray
 from torch import Tensor
 
+from finetune.diffusion.denoiser import Denoiser
 from finetune.diffusion.models import Models, evaluating
-from finetune.diffusion.noise import add_noise, from_scheduler
+from finetune.diffusion.noise import NoiseSchedule, add_noise, from_scheduler
 from finetune.diffusion.objective import target
 from finetune.diffusion.text import encode_prompts
 
@@ -23,6 +26,44 @@ Floats = NDArray[np.float64]
 
 SHARES = (0.1, 0.8)
 """Timesteps from here to here, as shares of the schedule: below, all is plain; above, nothing is left to recognise."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class FixedNoise:
+    """Latents of one forward pass with the noise to put on them.
+
+    Attributes:
+        latents: (B, 4, h, w), scaled.
+        noise: (B, 4, h, w).
+        timesteps: (B,) int64.
+        prompts: (B, L, D) embeddings, or (B, L) int64 token ids, on the U-Net's device.
+    """
+
+    latents: Tensor
+    noise: Tensor
+    timesteps: Tensor
+    prompts: Tensor
+
+
+AddNoise = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""``add(latents, noise, timesteps) -> (B, 4, h, w)``"""
+
+
+@torch.no_grad()
+def denoise(denoiser: Denoiser, batches: Iterable[FixedNoise], add: AddNoise) -> Iterator[tuple[FixedNoise, Tensor]]:
+    """Yield each batch with what the model predicts of it, (B, 4, h, w) on the U-Net's device, in its dtype."""
+    weight = next(denoiser.unet.parameters())
+    for batch in batches:
+        noisy = add(batch.latents, batch.noise, batch.timesteps).to(weight.device, weight.dtype)
+        yield batch, denoiser(noisy, batch.timesteps.to(weight.device), batch.prompts)
+
+
+@torch.no_grad()
+def squared_errors(denoiser: Denoiser, batches: Iterable[FixedNoise], schedule: NoiseSchedule) -> Iterator[Tensor]:
+    """Yield the denoising loss of each batch, (B,), computed where its latents are."""
+    for batch, prediction in denoise(denoiser, batches, partial(add_noise, schedule)):
+        wanted = target(schedule, batch.latents, batch.noise, batch.timesteps)
+        yield (prediction.to(wanted.device, wanted.dtype) - wanted).square().mean(dim=(1, 2, 3))
 
 
 @torch.no_grad()
@@ -53,18 +94,19 @@ def denoising_losses(
     noise = torch.stack(
         [torch.randn(shape, generator=torch.Generator().manual_seed(seed + index)) for index in range(num_timesteps)]
     )
-    device, dtype = models.unet.device, models.unet.dtype
     places = [(n, t) for n in range(len(latents)) for t in range(num_timesteps)]
-    found = []
     with evaluating(models):
         embeds = encode_prompts(models, captions)
-        for start in range(0, len(places), batch_size):
-            n, t = (torch.tensor(index) for index in zip(*places[start : start + batch_size], strict=True))
-            clean, steps = latents[n].float().cpu(), timesteps[t]
-            noisy = add_noise(schedule, clean, noise[t], steps).to(device, dtype)
-            output = models.unet(noisy, steps.to(device), encoder_hidden_states=embeds[n.to(embeds.device)]).sample
-            wanted = target(schedule, clean, noise[t], steps)
-            found.append((output.float().cpu() - wanted).square().mean(dim=(1, 2, 3)))
+        batches = (
+            FixedNoise(
+                latents=latents[n].float().cpu(),
+                noise=noise[t],
+                timesteps=timesteps[t],
+                prompts=embeds[n.to(embeds.device)],
+            )
+            for n, t in _in_batches(places, batch_size)
+        )
+        found = list(squared_errors(Denoiser(None, models.unet), batches, schedule))
     return torch.cat(found).view(len(latents), num_timesteps).double().numpy()
 
 
@@ -101,14 +143,27 @@ def predictions(
             for index in range(num_latents)
         ]
     )  # (K, T, 4, h, w)
-    device, dtype = models.unet.device, models.unet.dtype
     places = [(p, k, t) for p in range(num_prompts) for k in range(num_latents) for t in range(num_timesteps)]
-    outputs = []
     with evaluating(models):
         embeds = encode_prompts(models, prompts)
-        for start in range(0, len(places), batch_size):
-            p, k, t = (list(column) for column in zip(*places[start : start + batch_size], strict=True))
-            noisy = schedule.add_noise(latents[p, k].float().cpu(), noise[k, t], timesteps[t])
-            output = models.unet(noisy.to(device, dtype), timesteps[t].to(device), encoder_hidden_states=embeds[p])
-            outputs.append(output.sample.float().cpu())
+        batches = (
+            FixedNoise(
+                latents=latents[p, k].float().cpu(),
+                noise=noise[k, t],
+                timesteps=timesteps[t],
+                prompts=embeds[p.to(embeds.device)],
+            )
+            for p, k, t in _in_batches(places, batch_size)
+        )
+        # Moved one by one: all of them at once may not fit beside the model.
+        outputs = [
+            predicted.float().cpu()
+            for _, predicted in denoise(Denoiser(None, models.unet), batches, schedule.add_noise)
+        ]
     return torch.cat(outputs).view(num_prompts, num_latents, num_timesteps, *shape)
+
+
+def _in_batches(places: Sequence[tuple[int, ...]], batch_size: int) -> Iterator[tuple[Tensor, ...]]:
+    """Yield places as many at a time, coordinate by coordinate, (B,) int64 each."""
+    for start in range(0, len(places), batch_size):
+        yield tuple(torch.tensor(column) for column in zip(*places[start : start + batch_size], strict=True))

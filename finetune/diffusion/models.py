@@ -247,12 +247,12 @@ def as_pipeline(models: Models) -> StableDiffusionPipeline:
 @contextmanager
 def evaluating(models: Models) -> Iterator[None]:
     """Switch dropout and the like off, and put each module back as it was: training may go on afterwards."""
-    modules = [models.text_encoder, models.vae, models.unet]
-    before = [module.training for module in modules]
-    for module in modules:
-        module.eval()
+    parts = [models.text_encoder, models.vae, models.unet]
+    before = [(module, module.training) for part in parts for module in part.modules()]
+    for part in parts:
+        part.eval()
     try:
         yield
     finally:
-        for module, was_training in zip(modules, before, strict=True):
-            module.train(was_training)
+        for module, was_training in before:
+            module.training = was_training

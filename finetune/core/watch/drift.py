@@ -25,7 +25,6 @@ from typing import Any
 
 import torch
 from accelerate.utils import broadcast_object_list
-from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -51,6 +50,7 @@ from finetune.core.loop import checkpoints
 from finetune.core.run import Opened
 from finetune.core.settings.watching import DriftWatchConfig
 from finetune.core.watch.losses import Watch
+from finetune.diffusion.adapters import adapters_off
 from finetune.diffusion.config import SamplingConfig
 from prompts.probe_lists import read_probes
 
@@ -255,7 +255,7 @@ class DriftWatch:
 
     def _start(self) -> None:
         """Make and keep what the base model makes of the probes and captions, before anything is learned."""
-        with self.clock.measures("check", is_start=True), _adapters_off(self.opened):
+        with self.clock.measures("check", is_start=True), adapters_off(self.opened.models):
             self.base = self.light.keep()
         with self.clock.measures("start"):
             self.folder.mkdir(exist_ok=True)
@@ -417,17 +417,3 @@ class DriftWatch:
         if self.opened.run.accelerator.num_processes == 1:
             return value
         return bool(broadcast_object_list([value])[0])
-
-
-@contextmanager
-def _adapters_off(opened: Opened) -> Iterator[None]:
-    """Run the model as it was loaded, whatever the adapters that will learn begin with."""
-    parts = (opened.models.unet, opened.models.text_encoder)
-    layers = [module for part in parts for module in part.modules() if isinstance(module, BaseTunerLayer)]
-    for layer in layers:
-        layer.enable_adapters(False)
-    try:
-        yield
-    finally:
-        for layer in layers:
-            layer.enable_adapters(True)

@@ -27,14 +27,14 @@ from eval.stats.intervals import mean_interval
 from finetune.core.data.batches import check_captions, make_pictures
 from finetune.core.data.latents import CachedLatents, Latents, cached_latents
 from finetune.core.learns.averages import Averages
-from finetune.core.loss import denoising_loss
 from finetune.core.pictures.images import CaptionedImage, read_folder
 from finetune.core.pictures.pictures import CENTRE, Picture
-from finetune.core.run import Batch, HeldOut, Opened
+from finetune.core.run import HeldOut, Opened
 from finetune.core.settings.images import PictureConfig
 from finetune.core.settings.watching import WatchConfig
 from finetune.diffusion.denoiser import Denoiser
 from finetune.diffusion.draws import counter_seed, draw, permutation
+from finetune.diffusion.fixed_noise import FixedNoise, squared_errors
 from finetune.diffusion.models import evaluating
 from finetune.diffusion.text import encode_prompts, tokenize
 from finetune.diffusion.vae import scaled_latents
@@ -106,28 +106,29 @@ class Watch:
         """Return the loss of each picture in each band, (N, T), without any weight; processes share the work."""
         run, models = self.opened.run, self.opened.models
         denoiser = Denoiser(models.text_encoder, models.unet)
-        values = np.zeros((len(pictures), len(self.bands)))
+        bands = len(self.bands)
+        values = np.zeros((len(pictures), bands))
         mine: list[tuple[int, float]] = []
         with self.averages.in_place(), evaluating(models), run.accelerator.autocast():
-            for number, (cells, batch) in enumerate(self._batches(pictures)):
-                if number % run.accelerator.num_processes == run.accelerator.process_index:
-                    losses = denoising_loss(denoiser, batch, schedule=self.opened.schedule)
-                    mine += zip(cells, losses.double().tolist(), strict=True)
+            team, rank = run.accelerator.num_processes, run.accelerator.process_index
+            share = list(self._cells(pictures))[rank::team]
+            batches = (self._batch([(pictures[cell // bands], cell % bands) for cell in cells]) for cells in share)
+            for cells, losses in zip(share, squared_errors(denoiser, batches, self.opened.schedule), strict=True):
+                mine += zip(cells, losses.double().tolist(), strict=True)
         for cell, value in gather_object(mine):
             values.flat[cell] = value
         return values
 
-    def _batches(self, pictures: Sequence[Picture]) -> Iterator[tuple[list[int], Batch]]:
-        """Yield the triples of the pictures, as many at a time as training takes, with their places in the table."""
-        bands, size = self.bands, self.opened.run.train.micro_batch
+    def _cells(self, pictures: Sequence[Picture]) -> Iterator[list[int]]:
+        """Yield places in the table of losses: of pictures of one shape, as many at a time as training takes."""
+        bands, size = len(self.bands), self.opened.run.train.micro_batch
         for shape in sorted({picture.shape for picture in pictures}):
             members = [place for place, picture in enumerate(pictures) if picture.shape == shape]
-            cells = [place * len(bands) + band for place in members for band in range(len(bands))]
+            cells = [place * bands + band for place in members for band in range(bands)]
             for start in range(0, len(cells), size):
-                chosen = cells[start : start + size]
-                yield chosen, self._batch([(pictures[cell // len(bands)], cell % len(bands)) for cell in chosen])
+                yield cells[start : start + size]
 
-    def _batch(self, rows: Sequence[tuple[Picture, int]]) -> Batch:
+    def _batch(self, rows: Sequence[tuple[Picture, int]]) -> FixedNoise:
         """Return the triples of some pictures, each in one band."""
         models, device = self.opened.models, self.opened.device
         moments = self.latents.of(rows[0][0].shape, [picture.key(CENTRE) for picture, _ in rows], device)
@@ -141,15 +142,11 @@ class Watch:
         timesteps = [low + one.timestep * (high - low) // total for one, (low, high) in zip(draws, ends, strict=True)]
         noise = torch.stack([one.noise for one in draws]).to(device)
         prompts = [self.prompt_rows[picture.image.caption] for picture, _ in rows]
-        return Batch(
+        return FixedNoise(
             latents=scaled_latents(models.vae, moments),
             noise=noise,
-            input_noise=noise,
             timesteps=torch.tensor(timesteps, device=device),
             prompts=self.prompts[torch.tensor(prompts, device=self.prompts.device)],
-            weights=torch.ones(len(rows), device=device),
-            names=tuple(picture.image.path.name for picture, _ in rows),
-            positions=tuple(range(len(rows))),
         )
 
 

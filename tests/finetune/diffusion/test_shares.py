@@ -47,7 +47,7 @@ def test_pictures_are_decoded_a_few_at_a_time(toy_sd: Path, monkeypatch: pytest.
     requests = [("ab", seed) for seed in range(5)]
     latents = sample_latents(models, requests, SamplingConfig(num_inference_steps=1))
     together = decode(models, latents, requests)
-    monkeypatch.setattr(finetune.diffusion.vae, "_DECODED_PIXELS", 1)  # two even so
+    monkeypatch.setattr(finetune.diffusion.vae, "_PIXELS_AT_ONCE", 1)  # two even so
     hook = models.vae.decoder.register_forward_pre_hook(lambda _, args: decoded.append(len(args[0])))
     apart = decode(models, latents, requests)
     hook.remove()

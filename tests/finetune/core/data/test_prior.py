@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from peft import IA3Config, LoHaConfig, LoKrConfig
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
@@ -39,6 +40,7 @@ from finetune.diffusion.models import load_models
 from finetune.diffusion.noise import NoiseSchedule
 from finetune.diffusion.objective import min_snr_weight, target
 from finetune.diffusion.sampling import sample
+from finetune.diffusion.text import encode_prompts
 from finetune.lora_dreambooth import LoraDreamBoothRun, main
 
 ROOT = Path(__file__).parents[4]
@@ -243,6 +245,25 @@ def test_switching_adapters_off_leaves_them_as_they_were(make_prior: MakePrior) 
         assert not any(module.training for module in models.unet.modules())
     assert [(name, parameter.requires_grad) for name, parameter in parts] == before
     assert [module.training for module in models.unet.modules()] == modes
+
+
+@pytest.mark.parametrize("kind", [LoKrConfig, LoHaConfig, IA3Config])
+def test_without_adapters_of_any_kind_the_model_is_the_base(toy_sd: Path, kind: Any) -> None:
+    models = load_models(str(toy_sd))
+    given = (torch.randn(2, 4, 8, 8), torch.tensor([10, 500]), encode_prompts(models, ["a", "b"]))
+    with torch.no_grad():
+        base = Denoiser(None, models.unet)(*given)
+    options = {"feedforward_modules": [], "init_ia3_weights": False} if kind is IA3Config else {"init_weights": False}
+    models.unet.add_adapter(kind(target_modules=["to_k", "to_v"], **options))
+    learning = [parameter.requires_grad for parameter in models.unet.parameters()]
+    denoiser = Denoiser(None, models.unet)
+    with torch.no_grad():
+        tuned = denoiser(*given)
+        with adapters_off(models):
+            assert torch.equal(denoiser(*given), base)
+        assert torch.equal(denoiser(*given), tuned)
+    assert not torch.equal(tuned, base)
+    assert [parameter.requires_grad for parameter in models.unet.parameters()] == learning
 
 
 def run_words(toy: Path, images: Path, root: Path, *more: object) -> list[str]:
