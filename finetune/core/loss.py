@@ -4,19 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 
+from finetune.core.run import Batch
 from finetune.core.settings.training import ObjectiveConfig
 from finetune.diffusion.noise import NoiseSchedule, add_noise
 from finetune.diffusion.objective import min_snr_weight, target
 
-if TYPE_CHECKING:
-    from finetune.core.run import Batch
-
-
-Loss = Callable[[nn.Module, "Batch"], Tensor]
+Loss = Callable[[nn.Module, Batch], Tensor]
 """``loss(denoiser, batch) -> (B,)``, one value per image, not yet weighted by ``batch.weights``."""
 
 

@@ -6,7 +6,6 @@ import dataclasses
 import json
 from contextlib import nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 from PIL import Image, PngImagePlugin, UnidentifiedImageError
@@ -16,12 +15,11 @@ from tqdm import tqdm
 from configs.errors import InputError, UsageError
 from data_prep.folders.manifest import METADATA_NAME
 from finetune.core.pictures.images import SUFFIXES, CaptionedImage, read_folder
+from finetune.core.run import Opened
 from finetune.core.settings.methods import PriorConfig
 from finetune.diffusion.config import SamplingConfig
-
-if TYPE_CHECKING:
-    from finetune.core.run import Opened
-
+from finetune.diffusion.sampling import require_light, sample_latents
+from finetune.diffusion.vae import decode
 
 RECORD = "tisserand"
 """Key of the PNG text that says how a class image was made; it travels with the image, whoever copies it."""
@@ -128,9 +126,6 @@ def _generate(
 
     An image shares its batch with the same numbers always, whichever are missing: its bits may depend on them.
     """
-    from finetune.diffusion.sampling import require_light, sample_latents
-    from finetune.diffusion.vae import decode
-
     accelerator = opened.run.accelerator
     precision = config.prior_generation_precision or _fast_precision(accelerator.device)
     if precision == "fp16" and accelerator.device.type == "cpu":

@@ -24,13 +24,12 @@ from tqdm import tqdm
 
 from configs.errors import InputError
 from finetune.core.pictures.pictures import Picture, Place, Shape, check_decodable, load_pixels
+from finetune.core.run import Run
 from finetune.core.settings.images import PictureConfig
 from finetune.diffusion.vae import Moments, encode
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL
-
-    from finetune.core.run import Run
 
 _SHARD = 512  # images in a file of the cache: few files, and an interrupted run loses little
 _BATCH = 16  # images read together

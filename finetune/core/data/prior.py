@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from itertools import zip_longest
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -26,7 +26,7 @@ from finetune.core.data.batches import CaptionedBatches, captioned_batches, dist
 from finetune.core.data.class_images import check_class_images, class_images
 from finetune.core.loss import noisy_latents
 from finetune.core.pictures.images import data_hash
-from finetune.core.run import Batch, Batches, Update
+from finetune.core.run import Batch, Batches, Opened, Update
 from finetune.core.settings.methods import PriorConfig
 from finetune.core.settings.training import TrainConfig
 from finetune.diffusion.adapters import adapters_off
@@ -36,10 +36,6 @@ from finetune.diffusion.noise import NoiseSchedule, from_scheduler
 from finetune.diffusion.objective import target
 from finetune.diffusion.text import encode_prompts, tokenize
 from prompts.probe_lists import read_probes
-
-if TYPE_CHECKING:
-    from finetune.core.run import Opened
-
 
 Predict = Callable[[Tensor, Tensor, Tensor], Tensor]
 

@@ -9,17 +9,15 @@ from __future__ import annotations
 import time
 import warnings
 from contextlib import AbstractContextManager, nullcontext
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from accelerate.utils import broadcast_object_list
 from torch import Tensor, nn
 
 from configs.errors import UsageError
-
-if TYPE_CHECKING:
-    from finetune.core.loss import Loss
-    from finetune.core.run import Batch, Batches, Run
+from finetune.core.loss import Loss
+from finetune.core.run import Batch, Batches, Run
 
 _GAIN = 0.1
 """Share of a step that compiled blocks save on a GPU: at the low end of what others report, 1.06x to 1.3x."""

@@ -15,12 +15,11 @@ import torch
 from torch import Tensor, nn
 
 from configs.errors import UsageError
+from finetune.core.data.batches import CaptionedBatches
+from finetune.core.run import Run
 
 if TYPE_CHECKING:
     from torch.optim import Optimizer
-
-    from finetune.core.data.batches import CaptionedBatches
-    from finetune.core.run import Run
 
 
 def check_fused_backward(run: Run, batches: CaptionedBatches) -> None:

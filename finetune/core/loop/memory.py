@@ -7,7 +7,7 @@ import os
 import weakref
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import psutil
 import torch
@@ -16,14 +16,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
 from configs.errors import TisserandError
+from finetune.core.learns.trainable import Learns
 from finetune.core.loop.zero import BUCKET
+from finetune.core.loss import Loss
 from finetune.core.out_of_memory import advice
+from finetune.core.run import Batch, Batches, Run
 from finetune.core.settings.training import TrainConfig
-
-if TYPE_CHECKING:
-    from finetune.core.learns.trainable import Learns
-    from finetune.core.loss import Loss
-    from finetune.core.run import Batch, Batches, Run
 
 _MARGIN = 1.25
 """Beyond this many times the free memory a run is refused; between it and the free memory it is warned of."""

@@ -10,21 +10,19 @@ import dataclasses
 import gc
 from collections.abc import Callable
 from functools import partial
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from accelerate.utils import gather_object
 from torch import Tensor, nn
 
 from configs.errors import UsageError
+from finetune.core.learns.trainable import Learns
 from finetune.core.loop.memory import estimate, free_here, peaks
+from finetune.core.loss import Loss
 from finetune.core.out_of_memory import is_out_of_memory
+from finetune.core.run import Batch, Batches, Run
 from finetune.core.settings.training import TrainConfig
-
-if TYPE_CHECKING:
-    from finetune.core.learns.trainable import Learns
-    from finetune.core.loss import Loss
-    from finetune.core.run import Batch, Batches, Run
 
 T = TypeVar("T")
 

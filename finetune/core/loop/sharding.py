@@ -22,13 +22,12 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from configs.errors import UsageError
+from finetune.core.learns.averages import Averages
+from finetune.core.learns.trainable import Learns
 from finetune.core.loop.zero import Moment
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
-
-    from finetune.core.learns.averages import Averages
-    from finetune.core.learns.trainable import Learns
 
 _WHOLE_MODEL = "no process holds the whole model; leave it out"
 _REFUSED = {

@@ -4,18 +4,19 @@ from __future__ import annotations
 
 from contextlib import nullcontext
 from dataclasses import KW_ONLY, dataclass
-from typing import TYPE_CHECKING
+
+from PIL import Image, ImageOps
 
 from configs.errors import InputError, TisserandError
+from eval.tiles.contact_sheet import contact_sheet
 from finetune.core.learns.averages import Averages
 from finetune.core.pictures.pictures import Shape
 from finetune.core.run import Run
 from finetune.core.settings.watching import PreviewConfig
 from finetune.diffusion.config import SamplingConfig
 from finetune.diffusion.models import Models
-
-if TYPE_CHECKING:
-    from PIL import Image
+from finetune.diffusion.sampling import sample_latents
+from finetune.diffusion.vae import decode
 
 _EVERY_STEPS = 100
 
@@ -53,10 +54,6 @@ class Previews:
         count = len(self.config.validation_images) or self.config.num_validation_images
         if not (self.run.is_main and prompts and count and is_due) or self.run.train.dry_run:
             return False
-        from eval.tiles.contact_sheet import contact_sheet
-        from finetune.diffusion.sampling import sample_latents
-        from finetune.diffusion.vae import decode
-
         starts = self._starts() * len(prompts)
         requests = [(prompt, seed) for prompt in prompts for seed in range(count)]
         settings = SamplingConfig(scheduler=self.config.sampler, height=self.shape[0], width=self.shape[1])
@@ -73,8 +70,6 @@ class Previews:
 
     def _starts(self) -> list[Image.Image]:
         """Return the pictures to start from, in the shape of the previews."""
-        from PIL import Image, ImageOps
-
         found = []
         for path in self.config.validation_images:
             try:
