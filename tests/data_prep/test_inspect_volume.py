@@ -13,7 +13,8 @@ from PIL import Image
 
 from configs.errors import UsageError
 from configs.load import load
-from data_prep.inspect_volume import InspectConfig, look_at, main, next_command
+from data_prep.inspect_volume import InspectConfig, main, next_command
+from data_prep.page.inspection import look_at
 from data_prep.slice import main as slice_main
 from data_prep.slicing.config import SliceConfig
 from data_prep.slicing.plan import make_plans
@@ -66,7 +67,7 @@ def test_the_slices_shown_are_those_of_the_volume(volume: Path, order: str) -> N
 
 
 def test_a_long_volume_is_read_in_part(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("data_prep.inspect_volume._MOST_PLANES", 5)
+    monkeypatch.setattr("data_prep.page.inspection._MOST_PLANES", 5)
     tifffile.imwrite(tmp_path / "scan.tif", VOLUME, photometric="minisblack")
     settings = config(tmp_path / "scan.tif")
     (plan,) = make_plans(settings.slicing, DEFAULT)
