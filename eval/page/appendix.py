@@ -7,9 +7,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from configs.recipes import RECIPES
 from eval.page.inputs import ReportedRun, ResultsFolder
-
-RECIPES = ("full", "lora", "textual_inversion", "dreambooth", "lora_dreambooth", "pivotal_tuning", "pretrain")
 
 
 def appendix(run: ReportedRun | None, folders: Sequence[ResultsFolder]) -> list[dict[str, Any]]:
@@ -37,7 +36,7 @@ def _trained_by(run: ReportedRun) -> str:
     """Return the command that trains a run again beside itself; empty if nothing says which recipe it was."""
     typed = run.environment.get("command")
     script = Path(str(typed[0])).name if isinstance(typed, list) and typed else f"{run.provenance.get('method')}.py"
-    if script.removesuffix(".py") not in RECIPES:
+    if script.removesuffix(".py") not in (*RECIPES, "pretrain"):
         return ""
     processes = run.environment.get("processes")
     several = isinstance(processes, int) and processes > 1

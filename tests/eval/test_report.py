@@ -15,6 +15,7 @@ import pytest
 from PIL import Image
 
 from configs.errors import GateError, InputError, UsageError
+from configs.recipes import RECIPES
 from data_prep.folders.manifest import write_manifest
 from data_prep.folders.results import Result, read_results, write_results
 from eval.page.inputs import LONGEST_SIDE, Pictures
@@ -443,9 +444,6 @@ def test_strict_lets_pass_what_does_not_stop(tmp_path: Path) -> None:
 def test_the_split_is_drawn_as_shares_of_its_direction(whole: str) -> None:
     shares = re.findall(r'<span class="(train|guard|validation)" style="flex: ([\d.]+)"', whole)
     assert shares == [("train", "62.85"), ("guard", "9.38"), ("validation", "27.78")]
-
-
-RECIPES = ["full", "lora", "textual_inversion", "dreambooth", "lora_dreambooth", "pivotal_tuning"]
 
 
 @pytest.mark.parametrize("recipe", RECIPES)

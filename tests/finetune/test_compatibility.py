@@ -34,17 +34,13 @@ from safetensors.torch import load_file, save_file
 from configs.errors import TisserandError, UsageError
 from configs.load import as_dict, load
 from configs.options import Option, options_of
+from configs.recipes import RECIPES as ALL_RECIPES
 
 ROOT = Path(__file__).parents[2]
-RECIPES = {
-    "full": "FullRun",
-    "lora": "LoraRun",
-    "textual_inversion": "TextualInversionRun",
-    "dreambooth": "DreamBoothRun",
-    "lora_dreambooth": "LoraDreamBoothRun",
-}
 NUM_FLAGS = {"full": 57, "lora": 51, "textual_inversion": 48, "dreambooth": 61, "lora_dreambooth": 59}
 """``add_argument`` calls of each script."""
+RECIPES = [name for name in ALL_RECIPES if name in NUM_FLAGS]
+"""Those that diffusers has a script for."""
 
 
 @dataclass(frozen=True)
@@ -82,7 +78,7 @@ PAIRS = [(row.flag, recipe) for row in TABLE.values() for recipe in row.defaults
 
 def of_recipe(recipe: str) -> tuple[type, Callable[[Any], None]]:
     module = importlib.import_module(f"finetune.{recipe}")
-    return getattr(module, RECIPES[recipe]), module.main
+    return getattr(module, ALL_RECIPES[recipe].settings), module.main
 
 
 @functools.cache

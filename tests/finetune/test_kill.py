@@ -12,7 +12,9 @@ import time
 from pathlib import Path
 
 import pytest
-from test_methods import BASE, PRIOR, RECIPES, words_of
+from test_methods import BASE, PRIOR, words_of
+
+from configs.recipes import RECIPES
 
 ROOT = Path(__file__).parents[2]
 KILLS = 10

@@ -18,11 +18,12 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file
-from test_methods import RECIPES, run_recipe, words_of
+from test_methods import run_recipe, words_of
 from torch import nn
 
 import finetune.core.recipe
 from configs.errors import UsageError
+from configs.recipes import RECIPES
 from finetune.core.data.prior import WithPrior
 from finetune.core.loop.loop import train
 from finetune.core.run import Batch, Run, Step, Update

@@ -22,18 +22,11 @@ from torch import Tensor
 import finetune.core.open
 from configs.errors import InputError, UsageError
 from configs.load import load
+from configs.recipes import RECIPES
 from data_prep.folders.run_folder import EMBEDDINGS_FILE, LORA_FILE, PIPELINE_FILE
 from finetune.diffusion.denoiser import Denoiser
 from finetune.diffusion.models import Models, as_pipeline, load_models
 
-RECIPES = {
-    "full": "FullRun",
-    "dreambooth": "DreamBoothRun",
-    "lora": "LoraRun",
-    "lora_dreambooth": "LoraDreamBoothRun",
-    "textual_inversion": "TextualInversionRun",
-    "pivotal_tuning": "PivotalTuningRun",
-}
 PRIOR = "--with_prior_preservation --class_prompt ab --class_data_dir {root}/class --num_class_images 3"
 BASE = "--with_prior_preservation --class_prompt ab --prior_source base_prediction"
 RESNET = "--lora_targets attention+resnet --resnet_rank 2 --lora_alpha 8"
@@ -91,7 +84,7 @@ def run_recipe(recipe: str, words: list[str]) -> None:
     """Run a recipe in this process, as a process of its own would."""
     module = importlib.import_module(f"finetune.{recipe}")
     try:
-        module.main(load(getattr(module, RECIPES[recipe]), words))
+        module.main(load(getattr(module, RECIPES[recipe].settings), words))
     finally:
         AcceleratorState._reset_state(reset_partial_state=True)
 

@@ -14,9 +14,10 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from test_methods import BASE, PRIOR, RECIPES, run_recipe, words_of
+from test_methods import BASE, PRIOR, run_recipe, words_of
 
 from configs.load import load
+from configs.recipes import RECIPES
 from data_prep.folders.run_folder import LORA_FILE
 from finetune.lora import LoraRun, main
 

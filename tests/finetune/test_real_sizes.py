@@ -17,6 +17,7 @@ import torch
 from safetensors import safe_open
 
 from configs.load import load
+from configs.recipes import RECIPES
 from data_prep.folders.run_folder import LORA_FILE
 from eval.generate import GenerateConfig
 from eval.generate import main as generate
@@ -154,24 +155,18 @@ def test_one_lora_step_of_a_real_model_leaves_the_file_diffusers_reads(
 
 
 METHODS = {
-    "full": ("FullRun", "--train_data_dir {images}"),
-    "lora": ("LoraRun", "--train_data_dir {images}"),
-    "textual_inversion": (
-        "TextualInversionRun",
-        "--train_data_dir {images} --placeholder_token <x> --initializer_token a --repeats 1",
-    ),
-    "dreambooth": ("DreamBoothRun", "--instance_data_dir {images} --instance_prompt a"),
-    "lora_dreambooth": ("LoraDreamBoothRun", "--instance_data_dir {images} --instance_prompt a"),
-    "pivotal_tuning": (
-        "PivotalTuningRun",
-        "--instance_data_dir {images} --placeholder_token <x> --initializer_token a",
-    ),
+    "full": "--train_data_dir {images}",
+    "lora": "--train_data_dir {images}",
+    "textual_inversion": ("--train_data_dir {images} --placeholder_token <x> --initializer_token a --repeats 1"),
+    "dreambooth": "--instance_data_dir {images} --instance_prompt a",
+    "lora_dreambooth": "--instance_data_dir {images} --instance_prompt a",
+    "pivotal_tuning": ("--instance_data_dir {images} --placeholder_token <x> --initializer_token a"),
 }
 
 
 def train_method(method: str, model: Path, captioned_images: Path, root: Path, more: str = "") -> Path:
     """Train two steps; return the run folder."""
-    config_class, words = METHODS[method]
+    config_class, words = RECIPES[method].settings, METHODS[method]
     module = importlib.import_module(f"finetune.{method}")
     images = root / "images"  # without captions of their own
     shutil.copytree(captioned_images, images, ignore=shutil.ignore_patterns("metadata.jsonl"))

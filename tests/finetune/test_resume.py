@@ -21,6 +21,7 @@ from PIL import Image
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from configs.load import load
+from configs.recipes import RECIPES
 from data_prep.folders.run_folder import PIPELINE_FILE
 
 ROOT = Path(__file__).parents[2]
@@ -37,20 +38,13 @@ BASE = "--with_prior_preservation --class_prompt dots --prior_source base_predic
 WORD = "--placeholder_token <new> --initializer_token woven --repeats 1 --num_vectors 2 --instance_prompt <new>"
 DROPOUT = "--rank 2 --lora_dropout 0.4"
 METHODS = {
-    "full": ("FullRun", f"--train_data_dir {{images}} --use_ema --snr_gamma 5 {BASE}"),
-    "dreambooth": (
-        "DreamBoothRun",
-        f"--instance_data_dir {{images}} --instance_prompt sks --train_text_encoder {PRIOR}",
-    ),
-    "lora": ("LoraRun", f"--train_data_dir {{images}} --train_text_encoder --use_ema --use_dora {DROPOUT} {PRIOR}"),
-    "lora_dreambooth": (
-        "LoraDreamBoothRun",
-        f"--instance_data_dir {{images}} --instance_prompt sks --random_flip {DROPOUT} {BASE}",
-    ),
-    "textual_inversion": ("TextualInversionRun", f"--train_data_dir {{images}} --use_ema {WORD}"),
+    "full": f"--train_data_dir {{images}} --use_ema --snr_gamma 5 {BASE}",
+    "dreambooth": (f"--instance_data_dir {{images}} --instance_prompt sks --train_text_encoder {PRIOR}"),
+    "lora": f"--train_data_dir {{images}} --train_text_encoder --use_ema --use_dora {DROPOUT} {PRIOR}",
+    "lora_dreambooth": (f"--instance_data_dir {{images}} --instance_prompt sks --random_flip {DROPOUT} {BASE}"),
+    "textual_inversion": f"--train_data_dir {{images}} --use_ema {WORD}",
     "pivotal_tuning": (
-        "PivotalTuningRun",
-        f"--instance_data_dir {{images}} --use_ema --token_steps 2 --token_lr_after 0.001 {WORD} {DROPOUT} {BASE}",
+        f"--instance_data_dir {{images}} --use_ema --token_steps 2 --token_lr_after 0.001 {WORD} {DROPOUT} {BASE}"
     ),
 }
 
@@ -86,7 +80,7 @@ def updates() -> Iterator[list[int]]:
 
 def train(method: str, folders: dict[str, Path], run: Path, others: int) -> None:
     """Run a recipe, or go on with it, as a new process would: with random numbers that something else left behind."""
-    settings, own = METHODS[method]
+    settings, own = RECIPES[method].settings, METHODS[method]
     module = importlib.import_module(f"finetune.{method}")
     torch.manual_seed(others)
     words = f"{COMMON} {own.format(**folders)} --output_dir {run}"

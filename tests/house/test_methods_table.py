@@ -11,6 +11,7 @@ from types import ModuleType
 import pytest
 
 from configs.load import load
+from configs.recipes import RECIPES
 from eval.drift import DriftConfig
 from eval.generate import GenerateConfig
 
@@ -19,14 +20,6 @@ ARMS = (
     *("lora", "full", "lora_plain", "textual_inversion", "dreambooth", "dreambooth_class", "dreambooth_base"),
     *("lora_dreambooth", "pivotal_tuning"),
 )
-CONFIGS = {
-    "full": "FullRun",
-    "lora": "LoraRun",
-    "textual_inversion": "TextualInversionRun",
-    "dreambooth": "DreamBoothRun",
-    "lora_dreambooth": "LoraDreamBoothRun",
-    "pivotal_tuning": "PivotalTuningRun",
-}
 
 
 @pytest.fixture
@@ -45,14 +38,14 @@ def words_after(command: list[str], program: str) -> list[str]:
 def test_every_method_is_compared(methods: ModuleType) -> None:
     arms = methods.arms(Path("out"))
     assert tuple(arm.name for arm in arms) == ARMS
-    assert {arm.recipe for arm in arms} == set(CONFIGS)
+    assert {arm.recipe for arm in arms} == set(RECIPES)
 
 
 @pytest.mark.parametrize("name", ARMS)
 def test_every_command_is_read_by_its_program(methods: ModuleType, name: str) -> None:
     config = methods.MethodsConfig(output_dir=Path("out"))
     arm = next(arm for arm in methods.arms(config.output_dir) if arm.name == name)
-    recipe = getattr(importlib.import_module(f"finetune.{arm.recipe}"), CONFIGS[arm.recipe])
+    recipe = getattr(importlib.import_module(f"finetune.{arm.recipe}"), RECIPES[arm.recipe].settings)
     for leg in range(max(1, len(arm.legs))):
         run = load(recipe, words_after(methods.training(config, arm, leg), "finetune/"))
         assert run.train.overwrite == (leg == 0)

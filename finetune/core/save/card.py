@@ -11,6 +11,7 @@ from typing import Any
 import yaml
 
 from configs.load import one_line
+from configs.recipes import RECIPES
 from data_prep.folders.publish import write_whole
 from data_prep.folders.run_folder import (
     CARD,
@@ -23,14 +24,6 @@ from data_prep.folders.run_folder import (
     PROVENANCE,
 )
 
-_METHODS = {
-    "full": "full fine-tuning",
-    "lora": "low-rank adapters (LoRA)",
-    "dreambooth": "DreamBooth",
-    "lora_dreambooth": "DreamBooth with low-rank adapters (LoRA)",
-    "textual_inversion": "Textual Inversion",
-    "pivotal_tuning": "pivotal tuning: a new word, then adapters around it",
-}
 _MOST_CAPTIONS = 30
 
 
@@ -47,7 +40,7 @@ def write_card(folder: Path) -> Path:
     parts = [
         "---\n" + yaml.safe_dump(_metadata(name, method), sort_keys=False, allow_unicode=True) + "---",
         f"# {_code(folder.resolve().name)}",
-        f"Stable Diffusion, fine-tuned by {_METHODS.get(method, _code(method))}.",
+        f"Stable Diffusion, fine-tuned by {RECIPES[method].method if method in RECIPES else _code(method)}.",
         _table("Base model", {"name": name, "SHA-256 of its parts": base.get("hash")}),
         _table("Data", _data(told)),
         _captions(told.get("captions", [])),

@@ -35,6 +35,7 @@ import finetune.core.loop.loop
 import finetune.core.loss
 import finetune.core.open
 from configs.load import load
+from configs.recipes import RECIPES
 from data_prep.folders.run_folder import EMBEDDINGS_FILE, LORA_FILE
 from finetune.core.learns.trainable import Group, Learns, all_weights, checkpoint_gradients, lora_adapters
 from finetune.core.learns.words import LearnedRows
@@ -291,18 +292,14 @@ def watched(spent: Spent) -> Iterator[None]:
 
 
 METHODS = {
-    "full": ("FullRun", "--train_data_dir {images}"),
-    "lora": ("LoraRun", "--train_data_dir {images}"),
+    "full": "--train_data_dir {images}",
+    "lora": "--train_data_dir {images}",
     "textual_inversion": (
-        "TextualInversionRun",
-        "--train_data_dir {images} --placeholder_token <x> --initializer_token a --instance_prompt <x>",
+        "--train_data_dir {images} --placeholder_token <x> --initializer_token a --instance_prompt <x>"
     ),
-    "dreambooth": ("DreamBoothRun", "--instance_data_dir {images} --instance_prompt a --train_text_encoder"),
-    "lora_dreambooth": ("LoraDreamBoothRun", "--instance_data_dir {images} --instance_prompt a --train_text_encoder"),
-    "pivotal_tuning": (
-        "PivotalTuningRun",
-        "--instance_data_dir {images} --placeholder_token <x> --initializer_token a --token_steps 1",
-    ),
+    "dreambooth": "--instance_data_dir {images} --instance_prompt a --train_text_encoder",
+    "lora_dreambooth": "--instance_data_dir {images} --instance_prompt a --train_text_encoder",
+    "pivotal_tuning": ("--instance_data_dir {images} --placeholder_token <x> --initializer_token a --token_steps 1"),
 }
 LEARNS_TEXT = {"textual_inversion", "dreambooth", "lora_dreambooth", "pivotal_tuning"}
 STEPS = slice(1, 4)
@@ -317,7 +314,7 @@ def spend(toy_sd: Path, captioned_images: Path, tmp_path_factory: pytest.TempPat
 
     @cache
     def run(method: str, change: Change | None = None) -> Spent:
-        config_class, own = METHODS[method]
+        config_class, own = RECIPES[method].settings, METHODS[method]
         module = importlib.import_module(f"finetune.{method}")
         folder = tmp_path_factory.mktemp(method)
         words = f"--pretrained_model_name_or_path {toy_sd} --output_dir {folder}/run "
