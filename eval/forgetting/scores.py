@@ -103,7 +103,7 @@ def _rows(number: Number, score: Score, probes: Sequence[Probe], num_seeds: int,
             verdict, reason = judge_prompt(number, value, band, limits, num_seeds)
             verdicts.append(verdict)
             floor = float(score.floor[index])
-            rows.append(_filled(row, value, n_eff=num_seeds, floor=floor, verdict=verdict, reason=reason))
+            rows.append(_measured(row, value, n_eff=num_seeds, floor=floor, verdict=verdict, reason=reason))
             rows.append(_band_row(row, band, num_seeds))
         members = members[score.counts[members]]
         count = len(members) * num_seeds
@@ -114,7 +114,7 @@ def _rows(number: Number, score: Score, probes: Sequence[Probe], num_seeds: int,
         value, band = score.of(members), score.band(members)
         verdict, reason = judge_set(number, value, band, limits, num_seeds, verdicts)
         floor = float(score.floor[members].mean())
-        rows.append(_filled(row, value, n_eff=len(members), floor=floor, verdict=verdict, reason=reason))
+        rows.append(_measured(row, value, n_eff=len(members), floor=floor, verdict=verdict, reason=reason))
         rows.append(_band_row(row, band, len(members)))
     return rows
 
@@ -122,7 +122,7 @@ def _rows(number: Number, score: Score, probes: Sequence[Probe], num_seeds: int,
 def _band_row(row: Result, band: Interval, n_eff: float) -> Result:
     """Return the row of what the base shows against itself where ``row`` compares it with the tuned model."""
     row = replace(row, metric=f"{row.metric}_aa", floor=None, verdict="grey", n_eff=n_eff)
-    return _filled(row, band, reason="A/A band: the base against itself, other seeds")
+    return _measured(row, band, reason="A/A band: the base against itself, other seeds")
 
 
 def _sets(probes: Sequence[Probe]) -> dict[str, NDArray[np.int64]]:
@@ -131,8 +131,8 @@ def _sets(probes: Sequence[Probe]) -> dict[str, NDArray[np.int64]]:
     return {name: np.array([index for index, probe in enumerate(probes) if probe.set == name]) for name in names}
 
 
-def _filled(row: Result, score: Interval, **known: Any) -> Result:
-    """Fill in a value with its interval, and what else is known of it."""
+def _measured(row: Result, score: Interval, **known: Any) -> Result:
+    """Fill in a value with its interval, and other fields of the row."""
     return replace(row, value=score.value, low=score.low, high=score.high, **known)
 
 
@@ -177,7 +177,9 @@ def _divergence_rows(probes: Sequence[Probe], evidence: Evidence, policy: Policy
                 resamples = resample(ratio_of_means, difference[index], scale[index]) / np.maximum(own, mean / 100)
                 interval = interval_of((row.value or 0.0) / mean, resamples)
                 verdict, reason = _judge_ratio(name, interval.value, policy)
-                ratio = _filled(ratio, interval, n_eff=row.n_eff or 0, floor=UNCHANGED, verdict=verdict, reason=reason)
+                ratio = _measured(
+                    ratio, interval, n_eff=row.n_eff or 0, floor=UNCHANGED, verdict=verdict, reason=reason
+                )
             rows += [row, ratio]
     return rows
 
