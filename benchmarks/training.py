@@ -576,7 +576,7 @@ def flops_per_image(size: str, method: str, resolution: int) -> float:
         parts: dict[str, Any] = make_parts(size)
         for part in parts.values():
             part.requires_grad_(False)
-        models = Models(tokenizer=None, scheduler=None, name=size, **parts)
+        models = Models(base_tokenizer=None, base_scheduler=None, name=size, **parts)
         what_learns(models, method)
         side = resolution // models.vae_scale_factor
         latents, timesteps = torch.empty(1, 4, side, side), torch.zeros(1, dtype=torch.int64)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 
@@ -82,10 +83,10 @@ def open_run(
             tokenizer_name=source.tokenizer_name,
             tokenizer_max_length=source.tokenizer_max_length,
         )
-        base_scheduler = models.scheduler
+        base_scheduler = models.base_scheduler
         if config.train.enable_xformers_memory_efficient_attention:
             models.unet.enable_xformers_memory_efficient_attention()
-        models.scheduler = trained_scheduler(base_scheduler, config.noise)
+        models = dataclasses.replace(models, base_scheduler=trained_scheduler(base_scheduler, config.noise))
         schedule = from_scheduler(models.scheduler.config)
         base_hash = base_hash or model_hash(name, revision=source.revision, cache_dir=source.cache_dir)
         yield Opened(

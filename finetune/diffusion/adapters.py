@@ -110,13 +110,13 @@ def _load_file(models: Models, path: Path, file: Path, scale: float) -> dict[str
         raise InputError(f"--adapter {path}: does not load into {models.name} ({reason}){remedy}") from error
     provenance = json.loads(metadata.get(PROVENANCE_KEY, "{}"))
     _keep_noise(models, path, provenance.get("scheduler", {}))
-    _set_scheduler(models, is_on=any(models.adapter_scales.values()))
+    models.adapters.is_on = any(models.adapters.scales.values())
     return provenance
 
 
 def _keep_noise(models: Models, path: Path, trained: dict[str, Any]) -> None:
     """Keep the schedule an adapter was trained with, from the scheduler's config in its provenance."""
-    kind, before = trained.get("prediction_type"), models.adapter_noise
+    kind, before = trained.get("prediction_type"), models.adapters.noise
     if kind is None:
         return
     try:
@@ -126,12 +126,13 @@ def _keep_noise(models: Models, path: Path, trained: dict[str, Any]) -> None:
     if before is not None and before != noise:
         told = [f"{one.prediction_type}{', zero-terminal' * one.rescale_betas_zero_snr}" for one in (noise, before)]
         raise InputError(f"--adapter {path}: predicts {told[0]}, an adapter before it {told[1]}")
-    models.adapter_noise = noise
+    models.adapters.noise = noise
+    models.adapters.scheduler = trained_scheduler(models.base_scheduler, noise)
 
 
 def _load_lora(models: Models, path: Path, file: Path, keys: Sequence[str], scale: float) -> None:
     """Put a LoRA on the U-Net and the text encoder, whichever it has layers for."""
-    name = f"adapter_{len(models.adapter_scales)}"
+    name = f"adapter_{len(models.adapters.scales)}"
     with warnings.catch_warnings():
         # peft warns that an adapter is there already: here that is meant.
         warnings.filterwarnings("ignore", message="Already found a `peft_config` attribute")
@@ -142,7 +143,7 @@ def _load_lora(models: Models, path: Path, file: Path, keys: Sequence[str], scal
     placed = sum(name in layer.scaling for layer in _adapted_layers(models))
     if not placed or placed < written:
         raise InputError(f"--adapter {path}: {placed} of its {written} layers found a place in {models.name}")
-    models.adapter_scales[name] = scale
+    models.adapters.scales[name] = scale
     _scale_one(models, name, scale)
 
 
@@ -153,14 +154,14 @@ def _load_word(models: Models, path: Path, word: str, rows: Tensor, scale: float
         raise InputError(
             f"--adapter {path}: '{word}' has shape {tuple(rows.shape)}; rows of {width} numbers fit {models.name}"
         )
-    if word in models.adapter_scales:
+    if word in models.adapters.scales:
         raise InputError(f"--adapter {path}: an adapter before it holds '{word}', too")
-    models.adapter_scales[word] = scale
+    models.adapters.scales[word] = scale
     if not scale:
         return
-    if models.tuned_tokenizer is models.base_tokenizer:
-        models.tuned_tokenizer = copy.deepcopy(models.base_tokenizer)
-    models.tokenizer = models.tuned_tokenizer
+    if models.adapters.tokenizer is None:
+        models.adapters.tokenizer = copy.deepcopy(models.base_tokenizer)
+    models.adapters.is_on = True  # so that the word is taught to this tokenizer
     as_pipeline(models).load_textual_inversion({word: rows})
     models.text_encoder.requires_grad_(False)
 
@@ -172,15 +173,8 @@ def set_adapter_scale(models: Models, scale: float) -> None:
     """
     names = {*getattr(models.unet, "peft_config", {}), *getattr(models.text_encoder, "peft_config", {})}
     for name in names:
-        _scale_one(models, name, scale * models.adapter_scales.get(name, 1.0))
-    models.tokenizer = models.tuned_tokenizer if scale else models.base_tokenizer
-    _set_scheduler(models, is_on=bool(scale))
-
-
-def _set_scheduler(models: Models, *, is_on: bool) -> None:
-    """Let samplers read the U-Net's output as what it now is: the adapters' training decides, unless they are off."""
-    noise = models.adapter_noise if is_on else None
-    models.scheduler = trained_scheduler(models.base_scheduler, noise or NoiseConfig())
+        _scale_one(models, name, scale * models.adapters.scales.get(name, 1.0))
+    models.adapters.is_on = bool(scale)
 
 
 def _scale_one(models: Models, name: str, scale: float) -> None:

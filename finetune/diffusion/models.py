@@ -1,7 +1,4 @@
-"""Load the parts of a Stable Diffusion, put adapters on them, and name them by their content.
-
-Shapes: prompts N, token places L, embedding width D, latents (B, 4, h, w).
-"""
+"""The parts of a Stable Diffusion: loaded, checked, moved between devices, put into a stock pipeline."""
 
 from __future__ import annotations
 
@@ -14,9 +11,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from diffusers import (
-    SchedulerMixin,
-)
 
 from configs.errors import UsageError
 from finetune.diffusion.config import NoiseConfig
@@ -27,34 +21,59 @@ if TYPE_CHECKING:
 
 
 @dataclass(kw_only=True)
+class LoadedAdapters:
+    """What adapters on a model change beside its weights; the one part of ``Models`` that changes.
+
+    Attributes:
+        scales: strength each was loaded with, by its name within peft, or by its new word.
+        noise: schedule and prediction type of their training, or None if they do not tell.
+        tokenizer: knows the words of the embeddings, too; None without any.
+        scheduler: the model's, with the noise of their training; None if they do not tell.
+        is_on: the tokenizer and the scheduler are in force.
+    """
+
+    scales: dict[str, float] = field(default_factory=dict)
+    noise: NoiseConfig | None = None
+    tokenizer: CLIPTokenizer | None = None
+    scheduler: SchedulerMixin | None = None
+    is_on: bool = False
+
+    def clear(self) -> None:
+        """Forget all of them; what they are in the weights stays."""
+        self.scales.clear()
+        self.noise, self.tokenizer, self.scheduler, self.is_on = None, None, None, False
+
+
+@dataclass(frozen=True, kw_only=True)
 class Models:
     """The parts of one Stable Diffusion.
 
     Attributes:
-        scheduler: diffusers', as loaded; with adapters on, its schedule and prediction type are those they learned.
+        base_tokenizer: as loaded.
+        base_scheduler: diffusers', as loaded, or as it is trained.
         name: what the user typed.
-        base_scheduler: as loaded.
-        adapter_noise: schedule and prediction type of the adapters' training, or None if they do not tell.
-        adapter_scales: strength each adapter was loaded with, by its name within peft, or by its new word.
-        base_tokenizer: as loaded; ``tokenizer`` knows the words of the embeddings, too, while they are on.
+        adapters: those on the model; shared with what ``dataclasses.replace`` makes of it, as the modules are.
     """
 
-    tokenizer: CLIPTokenizer
+    base_tokenizer: CLIPTokenizer
     text_encoder: CLIPTextModel
     vae: AutoencoderKL
     unet: UNet2DConditionModel
-    scheduler: SchedulerMixin
+    base_scheduler: SchedulerMixin
     name: str
-    base_scheduler: SchedulerMixin = field(init=False)
-    adapter_noise: NoiseConfig | None = field(init=False, default=None)
-    adapter_scales: dict[str, float] = field(init=False, default_factory=dict)
-    base_tokenizer: CLIPTokenizer = field(init=False)
-    tuned_tokenizer: CLIPTokenizer = field(init=False)
+    adapters: LoadedAdapters = field(default_factory=LoadedAdapters)
 
-    def __post_init__(self) -> None:
-        """Keep what the base was trained with, and which words it knows."""
-        self.base_scheduler = self.scheduler
-        self.base_tokenizer = self.tuned_tokenizer = self.tokenizer
+    @property
+    def tokenizer(self) -> CLIPTokenizer:
+        """What splits prompts; it knows the words of the adapters while they are on."""
+        loaded = self.adapters
+        return loaded.tokenizer if loaded.is_on and loaded.tokenizer is not None else self.base_tokenizer
+
+    @property
+    def scheduler(self) -> SchedulerMixin:
+        """The noise schedule and prediction type in force; those the adapters learned while they are on."""
+        loaded = self.adapters
+        return loaded.scheduler if loaded.is_on and loaded.scheduler is not None else self.base_scheduler
 
     @property
     def vae_scale_factor(self) -> int:
@@ -130,11 +149,11 @@ def load_models(
         ) from error
     _check_tokenizer(pipeline.tokenizer, pipeline.text_encoder, tokenizer_name, tokenizer_max_length)
     models = Models(
-        tokenizer=pipeline.tokenizer,
+        base_tokenizer=pipeline.tokenizer,
         text_encoder=pipeline.text_encoder,
         vae=pipeline.vae,
         unet=pipeline.unet,
-        scheduler=pipeline.scheduler,
+        base_scheduler=pipeline.scheduler,
         name=name_or_path,
     )
     for part in (models.text_encoder, models.vae, models.unet):

@@ -131,7 +131,7 @@ def _generate(
     if precision == "fp16" and accelerator.device.type == "cpu":
         raise UsageError("--prior_generation_precision fp16: needs a GPU; use bf16 or fp32")
     dtype = _PRECISIONS.get(precision)
-    models = dataclasses.replace(opened.models, scheduler=opened.base_scheduler)
+    models = dataclasses.replace(opened.models, base_scheduler=opened.base_scheduler)
     size, missing = config.sample_batch_size, set(numbers)
     groups = sorted({number // size for number in numbers})[accelerator.process_index :: accelerator.num_processes]
     known: dict[str, Tensor] = {}

@@ -136,20 +136,19 @@ def _start_from(models: Models, parameters: Mapping[str, nn.Parameter], path: Pa
     The trained one must lie on the same layers, with the same rank and strength: otherwise the run would not begin
     where the other ended, or not learn what its settings say.
     """
-    before = models.scheduler
+    before, loaded = models.base_scheduler, models.adapters
     try:
         load_adapter(models, path / LORA_FILE if path.is_dir() else path)
     except InputError as error:
         raise InputError(str(error).replace("--adapter", "--init_adapter", 1)) from None
     for flag in ("prediction_type", "rescale_betas_zero_snr"):
-        told = {getattr(models.adapter_noise, flag, None), before.config.get(flag, False)}
-        if models.adapter_noise is not None and len(told) > 1:
+        told = {getattr(loaded.noise, flag, None), before.config.get(flag, False)}
+        if loaded.noise is not None and len(told) > 1:
             raise InputError(
-                f"--init_adapter {path}: learned with --{flag} {getattr(models.adapter_noise, flag)}, the run has "
+                f"--init_adapter {path}: learned with --{flag} {getattr(loaded.noise, flag)}, the run has "
                 f"{before.config.get(flag, False)}; give the same"
             )
-    models.scheduler, models.adapter_noise = before, None
-    models.adapter_scales.clear()
+    loaded.clear()
     layers = {name: layer for name, layer in _layers(models).items() if len(layer.scaling) > 1}
     wanted = {name for name, layer in _layers(models).items() if ADAPTER in layer.scaling}
     other = next((name for layer in layers.values() for name in layer.scaling if name != ADAPTER), None)

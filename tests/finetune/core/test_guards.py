@@ -96,7 +96,9 @@ def denoiser_of(size: str, job: str) -> Denoiser:
     with torch.device("meta"):
         unet = UNet2DConditionModel(sample_size=64, **unet_config)
         text_encoder = CLIPTextModel(CLIPTextConfig(vocab_size=ROWS, **text_config))
-        models = Models(tokenizer=None, text_encoder=text_encoder, vae=None, unet=unet, scheduler=scheduler, name=size)
+        models = Models(
+            base_tokenizer=None, text_encoder=text_encoder, vae=None, unet=unet, base_scheduler=scheduler, name=size
+        )
         for part in (unet, text_encoder):
             part.requires_grad_(False)
         if "lora" in job:
