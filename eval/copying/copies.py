@@ -2,7 +2,8 @@
 
 The similarity is the normalised cross-correlation (NCC) of the tile's centre with every place of the training tile it
 fits, the best of the eight flips and turns, as a mean over two scales: the coarse one finds the candidates, the fine
-one tells texture from layout. Letters: Q tiles asked, R tiles searched, t x t px, m px of margin for the shift.
+one tells texture from layout. Shapes: Q is the number of tiles asked
+about, R that of tiles searched, each of t x t px; m px are the margin for the shift.
 """
 
 from __future__ import annotations

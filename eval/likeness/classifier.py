@@ -4,7 +4,7 @@ State, specimen and scan are one and the same in most campaigns, so grey level w
 takes it away: two tiles in five get the histogram of another tile, whatever its state, two a random monotone curve;
 blur and noise follow.
 
-Letters: N tiles, h x w pixels, S states, A axes, F features.
+Shapes: N is the number of tiles, h x w their pixels, S and A the numbers of states and axes, F that of features.
 """
 
 from __future__ import annotations

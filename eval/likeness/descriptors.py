@@ -2,7 +2,7 @@
 
 Every descriptor is computed tile by tile at native scale and compared as the distribution it is: histograms by the
 Wasserstein distance in grey levels, degrees or px, curves by the area between them. Nothing is learned, and no weights
-are needed. Letters: N tiles of t x t px.
+are needed. Shapes: N is the number of tiles, each of t x t px.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """Pictures, and for CLIP texts, as the vectors of an encoder in a local folder: CLIP, DINOv2 or SSCD.
 
 Safetensors from disk only: nothing is downloaded, and no code of the folder runs. Pictures go through our own resize,
-since the fast image processors of transformers need torchvision. Letters: N pictures, D numbers a vector.
+since the fast image processors of transformers need torchvision. Shapes: N is the number of pictures, D the
+length of a vector.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """The one place that turns (prompt, seed) into pixels.
 
 Each picture starts from its own CPU generator, so it depends on its prompt, its seed and the settings alone, not on
-what else is in the batch or on the device. Letters: N pictures, B batch, H rows, W columns, h x w latents.
+what else is in the batch or on the device. Shapes: N is the number of pictures, B that of a
+batch, H x W their pixels, h x w their latents.
 """
 
 from __future__ import annotations

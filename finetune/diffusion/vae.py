@@ -1,6 +1,6 @@
 """Pictures to latents and back: the one place that calls the VAE.
 
-Letters: N pictures, B batch, H rows, W columns, h x w latents.
+Shapes: N is the number of pictures, B that of a batch, H x W their pixels, h x w their latents.
 """
 
 from __future__ import annotations
