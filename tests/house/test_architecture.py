@@ -20,6 +20,12 @@ def test_front_page_lists_the_folders_of_code() -> None:
     assert [room for room in rooms if not any(name.startswith(f"{room}/") for name in tracked)] == []
 
 
+def test_plan_has_a_line_for_every_folder_of_code() -> None:
+    plan = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8").split("## The plan")[1].split("\n## ")[0]
+    rooms = re.findall(r"^\| `([\w/]+)` \| \w", plan.split("<!-- borders -->")[0], re.MULTILINE)
+    assert sorted(rooms) == sorted({path.parent.relative_to(ROOT).as_posix() for path in MODULES.values()})
+
+
 def test_page_shows_the_borders_that_the_layout_keeps() -> None:
     text = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
     table = re.search(r"<!-- borders -->\n(.*?)<!-- /borders -->", text, re.DOTALL)
