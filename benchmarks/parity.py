@@ -81,7 +81,7 @@ def fixed_losses(config: TrainingConfig, place: Place, method: str, folder: Path
 
     from finetune.core.loss import denoising_loss
     from finetune.core.pictures.images import read_folder
-    from finetune.core.pictures.pictures import CENTRE, Picture, load_pixels
+    from finetune.core.pictures.pictures import CENTRE, TrainingPicture, load_pixels
     from finetune.core.run import Batch
     from finetune.diffusion.adapters import load_adapter
     from finetune.diffusion.denoiser import Denoiser
@@ -97,7 +97,7 @@ def fixed_losses(config: TrainingConfig, place: Place, method: str, folder: Path
     captioned = place.work / "pictures" / "captioned"
     images = read_folder(captioned, "--train_data_dir")
     shape = (place.resolution, place.resolution)
-    pictures = [Picture(image=one, turn=None, captions=one.captions, shape=shape) for one in images]
+    pictures = [TrainingPicture(image=one, turn=None, captions=one.captions, shape=shape) for one in images]
     prompts = [prompt_of(method, folder, one.caption) for one in images]
     from finetune.core.settings.images import PictureConfig
 

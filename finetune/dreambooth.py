@@ -24,7 +24,7 @@ from finetune.core.settings.training import TrainConfig
 from finetune.core.settings.watching import PreviewConfig
 
 if TYPE_CHECKING:
-    from finetune.core.parts import Method, Opened, Provenance
+    from finetune.core.parts import Method, OpenRun, Provenance
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,7 +65,7 @@ def main(config: DreamBoothRun) -> None:
     images = parts.read_instance_images(config.instance)
     data = parts.data_provenance(images, [config.instance.instance_data_dir])
 
-    def method(opened: Opened) -> Method:
+    def method(opened: OpenRun) -> Method:
         run, models = opened.run, opened.models
         batches = parts.image_batches(opened, config, learns_text=config.text_encoder.train_text_encoder)
         updates = parts.with_prior(batches, opened, config.prior, adapts=False)

@@ -21,7 +21,7 @@ from finetune.core.settings.methods import LoraConfig, PriorConfig, TextEncoderC
 from finetune.core.settings.recipe import RecipeConfig
 
 if TYPE_CHECKING:
-    from finetune.core.parts import Method, Opened, Provenance
+    from finetune.core.parts import Method, OpenRun, Provenance
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,7 +42,7 @@ def main(config: LoraRun) -> None:
     images = parts.read_images(config.images)
     data = parts.data_provenance(images, config.images.train_data_dir)
 
-    def method(opened: Opened) -> Method:
+    def method(opened: OpenRun) -> Method:
         run, models = opened.run, opened.models
         learns_text, balance = config.text_encoder.train_text_encoder, config.images.balanced_keys
         batches = parts.image_batches(opened, config, learns_text=learns_text, balance=balance)

@@ -35,7 +35,7 @@ from finetune.core.settings.training import TrainConfig
 from finetune.core.settings.watching import PreviewConfig
 
 if TYPE_CHECKING:
-    from finetune.core.parts import Method, Opened, Provenance
+    from finetune.core.parts import Method, OpenRun, Provenance
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,7 +79,7 @@ def main(config: PivotalTuningRun) -> None:
     # In steps, and written down: a run that goes on for longer must not move its pivot.
     config = replace(config, pivot=replace(config.pivot, token_steps=alone))
 
-    def method(opened: Opened) -> Method:
+    def method(opened: OpenRun) -> Method:
         run, models, processes = opened.run, opened.models, opened.run.accelerator.num_processes
         lr, text_lr = parts.learning_rates(config.train, config.text_encoder, processes)
         token_lr = config.pivot.token_lr or config.train.learning_rate

@@ -22,7 +22,7 @@ from finetune.core.settings.training import TrainConfig
 from finetune.core.settings.watching import PreviewConfig
 
 if TYPE_CHECKING:
-    from finetune.core.parts import Method, Opened, Provenance
+    from finetune.core.parts import Method, OpenRun, Provenance
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,7 +53,7 @@ def main(config: TextualInversionRun) -> None:
     images = parts.word_images(config.train_data_dir, "--train_data_dir", config.tokens, config.sentences)
     data = parts.data_provenance(images, config.train_data_dir)
 
-    def method(opened: Opened) -> Method:
+    def method(opened: OpenRun) -> Method:
         run, models = opened.run, opened.models
         word = parts.add_word(models, config.tokens)
         batches = parts.image_batches(opened, config, learns_text=True)

@@ -10,7 +10,7 @@ from configs.errors import UsageError
 from finetune.core.data.prior import check_prior
 from finetune.core.pictures.flips import ways_to_show
 from finetune.core.pictures.images import CaptionedImage, data_hash
-from finetune.core.run import Opened
+from finetune.core.run import OpenRun
 from finetune.core.save.card import write_card
 from finetune.core.save.hub import check_hub, find_repository, push
 from finetune.core.settings.methods import PriorConfig
@@ -30,7 +30,7 @@ def open_run(
     weights_file: str,
     more_files: tuple[str, ...] = (),
     prior: PriorConfig | None = None,
-) -> Iterator[Opened | None]:
+) -> Iterator[OpenRun | None]:
     """Check the base model, start or continue the run, load the model; for a ``with`` block.
 
     Yields None where the run is finished already.
@@ -89,7 +89,7 @@ def open_run(
         models = dataclasses.replace(models, base_scheduler=trained_scheduler(base_scheduler, config.noise))
         schedule = from_scheduler(models.scheduler.config)
         base_hash = base_hash or model_hash(name, revision=source.revision, cache_dir=source.cache_dir)
-        yield Opened(
+        yield OpenRun(
             run=run,
             models=models,
             base_scheduler=base_scheduler,

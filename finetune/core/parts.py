@@ -12,7 +12,7 @@ from finetune.core.learns.words import add_word, heldout_images, into_table, wor
 from finetune.core.pictures.hub_dataset import local_images
 from finetune.core.pictures.images import data_provenance, read_images, read_instance_images
 from finetune.core.recipe import Method, Provenance, image_batches, run_method
-from finetune.core.run import HeldOut, Opened
+from finetune.core.run import HeldOut, OpenRun
 from finetune.core.save.weights import WordCopies, copies_of, save_embeddings, save_lora, save_pipeline
 
 __all__ = [
@@ -23,7 +23,7 @@ __all__ = [
     "Averages",
     "HeldOut",
     "Method",
-    "Opened",
+    "OpenRun",
     "Provenance",
     "Staged",
     "WordCopies",

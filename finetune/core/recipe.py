@@ -25,7 +25,7 @@ from finetune.core.loop.sharding import gather
 from finetune.core.loss import loss_of
 from finetune.core.open import open_run
 from finetune.core.pictures.images import CaptionedImage
-from finetune.core.run import Batches, HeldOut, Opened, Run, Step
+from finetune.core.run import Batches, HeldOut, OpenRun, Run, Step
 from finetune.core.settings.methods import PriorConfig
 from finetune.core.settings.recipe import RecipeConfig
 from finetune.core.watch.drift import DriftWatch
@@ -80,7 +80,7 @@ class Method:
 
 
 def image_batches(
-    opened: Opened, config: RecipeConfig, *, learns_text: bool, balance: Sequence[str] = ()
+    opened: OpenRun, config: RecipeConfig, *, learns_text: bool, balance: Sequence[str] = ()
 ) -> CaptionedBatches:
     """Return the updates that the images of a run make; ``learns_text`` and ``balance`` as for captioned_batches."""
     return captioned_batches(
@@ -98,7 +98,7 @@ def run_method(
     config: RecipeConfig,
     images: list[CaptionedImage],
     data: dict[str, object],
-    method: Callable[[Opened], Method],
+    method: Callable[[OpenRun], Method],
     *,
     leaves: tuple[str, ...],
     prior: PriorConfig | None = None,
@@ -119,7 +119,7 @@ def run_method(
             train_and_save(opened, config, method(opened))
 
 
-def train_and_save(opened: Opened, config: RecipeConfig, method: Method) -> None:
+def train_and_save(opened: OpenRun, config: RecipeConfig, method: Method) -> None:
     """Train what learns, let every observer look after each update, save, and say how to generate with it.
 
     Args:
@@ -182,7 +182,7 @@ def train_and_save(opened: Opened, config: RecipeConfig, method: Method) -> None
     _save(opened, method, steps)
 
 
-def _save(opened: Opened, method: Method, steps: int) -> None:
+def _save(opened: OpenRun, method: Method, steps: int) -> None:
     """Save what users load, and say what comes next; a full disk says how to go on, whichever library met it."""
     run = opened.run
     if run.is_main:

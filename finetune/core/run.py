@@ -127,7 +127,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Opened:
+class OpenRun:
     """A run in progress with its base model.
 
     Attributes:

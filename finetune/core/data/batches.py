@@ -25,8 +25,8 @@ from finetune.core.pictures.flips import ways_to_show
 from finetune.core.pictures.images import CaptionedImage, raise_together
 from finetune.core.pictures.pictures import (
     CENTRE,
-    Picture,
     Shape,
+    TrainingPicture,
     bucket_of,
     bucket_step,
     bucket_table,
@@ -59,7 +59,7 @@ class CaptionedBatches:
         prompt_rows: for each caption, its row in ``prompts``.
     """
 
-    pictures: list[tuple[Picture, ...]]
+    pictures: list[tuple[TrainingPicture, ...]]
     groups: list[tuple[int, ...]]
     latents: Latents | None
     models: Models
@@ -113,7 +113,7 @@ class CaptionedBatches:
         """Return the same updates, in forward passes of as many images as these settings say."""
         return dataclasses.replace(self, train=train)
 
-    def shown_at(self, position: int) -> Picture:
+    def shown_at(self, position: int) -> TrainingPicture:
         """Return the picture at a position of the stream."""
         if len(self.groups) == 1:
             image = _turn(self.seed, self.groups[0], position)
@@ -125,7 +125,7 @@ class CaptionedBatches:
         ways = self.pictures[image]
         return ways[counter_seed(self.seed, "flip", position) % len(ways)]
 
-    def _batch(self, rows: list[tuple[Picture, int]], weight: float) -> Batch:
+    def _batch(self, rows: list[tuple[TrainingPicture, int]], weight: float) -> Batch:
         """Gather one forward pass from pictures of one shape and their positions."""
         shape = rows[0][0].shape
         draws = [
@@ -161,11 +161,11 @@ class CaptionedBatches:
         factor = self.models.vae_scale_factor
         return int(self.models.unet.config.in_channels), shape[0] // factor, shape[1] // factor
 
-    def _prompt_row(self, picture: Picture, position: int) -> int:
+    def _prompt_row(self, picture: TrainingPicture, position: int) -> int:
         """Return the row of the caption that a picture comes with at this position."""
         return self.prompt_rows[picture.captions[counter_seed(self.seed, "caption", position) % len(picture.captions)]]
 
-    def _moments(self, pictures: list[Picture], draws: list[Draws]) -> Moments:
+    def _moments(self, pictures: list[TrainingPicture], draws: list[Draws]) -> Moments:
         """Return the posterior of some pictures, from the cache or from the VAE."""
         if self.latents is None:
             cuts = [one.crop if self.config.crops_at_random else CENTRE for one in draws]
@@ -256,7 +256,9 @@ def captioned_batches(
     )
 
 
-def make_pictures(images: Sequence[CaptionedImage], models: Models, config: PictureConfig) -> list[tuple[Picture, ...]]:
+def make_pictures(
+    images: Sequence[CaptionedImage], models: Models, config: PictureConfig
+) -> list[tuple[TrainingPicture, ...]]:
     """Return for each image the ways in which it is shown: flips, and the shape of each.
 
     Raises:
@@ -277,14 +279,14 @@ def make_pictures(images: Sequence[CaptionedImage], models: Models, config: Pict
 
     return [
         tuple(
-            Picture(image=image, turn=turn, captions=captions, shape=shape_of(turned_shape(image, turn)))
+            TrainingPicture(image=image, turn=turn, captions=captions, shape=shape_of(turned_shape(image, turn)))
             for turn, captions in ways
         )
         for image, ways in zip(images, ways_to_show(images, config), strict=True)
     ]
 
 
-def check_captions(pictures: Sequence[Picture], models: Models) -> None:
+def check_captions(pictures: Sequence[TrainingPicture], models: Models) -> None:
     """Refuse captions that the text encoder would cut.
 
     Raises:

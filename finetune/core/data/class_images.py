@@ -15,7 +15,7 @@ from tqdm import tqdm
 from configs.errors import InputError, UsageError
 from data_prep.folders.manifest import METADATA_NAME
 from finetune.core.pictures.images import SUFFIXES, CaptionedImage, read_folder
-from finetune.core.run import Opened
+from finetune.core.run import OpenRun
 from finetune.core.settings.methods import PriorConfig
 from finetune.diffusion.config import SamplingConfig
 from finetune.diffusion.sampling import require_light, sample_latents
@@ -26,7 +26,7 @@ RECORD = "tisserand"
 _PRECISIONS = {"fp16": torch.float16, "bf16": torch.bfloat16}
 
 
-def class_images(opened: Opened, config: PriorConfig, size: int) -> list[CaptionedImage]:
+def class_images(opened: OpenRun, config: PriorConfig, size: int) -> list[CaptionedImage]:
     """Return ``--num_class_images`` class images, after the base model has generated those that are missing.
 
     Every process generates its share; a picture depends on its prompt and its seed alone. Images of the user's own,
@@ -120,7 +120,7 @@ def _path(folder: Path, number: int) -> Path:
 
 
 def _generate(
-    opened: Opened, config: PriorConfig, settings: SamplingConfig, wanted: dict[str, object], numbers: list[int]
+    opened: OpenRun, config: PriorConfig, settings: SamplingConfig, wanted: dict[str, object], numbers: list[int]
 ) -> None:
     """Generate this process's share of class images, each from seed + number, each file whole or not there.
 

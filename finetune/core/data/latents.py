@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from configs.errors import InputError
-from finetune.core.pictures.pictures import Picture, Place, Shape, check_decodable, load_pixels
+from finetune.core.pictures.pictures import Place, Shape, TrainingPicture, check_decodable, load_pixels
 from finetune.core.run import Run
 from finetune.core.settings.images import PictureConfig
 from finetune.diffusion.vae import Moments, encode
@@ -143,7 +143,7 @@ def read_moments(files: Mapping[str, Path], keys: Sequence[str]) -> Moments:
     return moments
 
 
-def cached_latents(pictures: Sequence[Picture], vae: AutoencoderKL, config: PictureConfig, run: Run) -> Latents:
+def cached_latents(pictures: Sequence[TrainingPicture], vae: AutoencoderKL, config: PictureConfig, run: Run) -> Latents:
     """Return the posteriors of all pictures at all their places, from the cache; processes share what is missing.
 
     Raises:
@@ -151,7 +151,7 @@ def cached_latents(pictures: Sequence[Picture], vae: AutoencoderKL, config: Pict
     """
     root = config.latent_cache_dir or run.folder / "cache"
     vae_hash = module_hash(vae)
-    wanted: dict[Shape, dict[str, tuple[Picture, Place]]] = defaultdict(dict)
+    wanted: dict[Shape, dict[str, tuple[TrainingPicture, Place]]] = defaultdict(dict)
     for picture in pictures:
         for place in picture.places(config.cache_crops):
             wanted[picture.shape][picture.key(place)] = (picture, place)
@@ -166,7 +166,7 @@ def cached_latents(pictures: Sequence[Picture], vae: AutoencoderKL, config: Pict
             cuts = list(wanted[shape].values())[share]
             folder = cache_folder(root, vae_hash, {"shape": shape, "interpolation": config.image_interpolation_mode})
 
-            def pixels(places: Sequence[int], cuts: list[tuple[Picture, Place]] = cuts) -> Tensor:
+            def pixels(places: Sequence[int], cuts: list[tuple[TrainingPicture, Place]] = cuts) -> Tensor:
                 chosen = [cuts[place] for place in places]
                 return load_pixels([picture for picture, _ in chosen], [place for _, place in chosen], config)
 

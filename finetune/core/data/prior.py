@@ -26,7 +26,7 @@ from finetune.core.data.batches import CaptionedBatches, captioned_batches, dist
 from finetune.core.data.class_images import check_class_images, class_images
 from finetune.core.loss import noisy_latents
 from finetune.core.pictures.images import data_hash
-from finetune.core.run import Batch, Batches, Opened, Update
+from finetune.core.run import Batch, Batches, OpenRun, Update
 from finetune.core.settings.methods import PriorConfig
 from finetune.core.settings.training import TrainConfig
 from finetune.diffusion.adapters import adapters_off
@@ -181,7 +181,7 @@ class BasePrediction:
         return Update(batches=batches, weight=update.weight, num_images=update.num_images)
 
 
-def with_prior(batches: CaptionedBatches, opened: Opened, config: PriorConfig, *, adapts: bool) -> Batches:
+def with_prior(batches: CaptionedBatches, opened: OpenRun, config: PriorConfig, *, adapts: bool) -> Batches:
     """Put prior rows beside the images, or return the batches as they are without ``--with_prior_preservation``.
 
     To be called while the models are still those of the base: they generate the missing class images.
@@ -249,7 +249,7 @@ def prior_prompts(config: PriorConfig) -> list[str]:
         raise UsageError(str(error).replace("--probes", "--prior_prompts_file", 1)) from None
 
 
-def _check_schedule(opened: Opened) -> None:
+def _check_schedule(opened: OpenRun) -> None:
     """Refuse to hold a model to predictions that were learned for other noise."""
     base, trained = from_scheduler(opened.base_scheduler.config), opened.schedule
     if base.prediction_type != trained.prediction_type:
@@ -264,7 +264,7 @@ def _check_schedule(opened: Opened) -> None:
         )
 
 
-def _base_predictor(opened: Opened, *, learns_text: bool, adapts: bool) -> Predict:
+def _base_predictor(opened: OpenRun, *, learns_text: bool, adapts: bool) -> Predict:
     """Return the base model as a function: the model with its adapters off, or a frozen copy of it."""
     models, run = opened.models, opened.run
     if adapts:

@@ -33,7 +33,7 @@ _LISTED = 3
 
 
 @dataclass(frozen=True, kw_only=True)
-class Picture:
+class TrainingPicture:
     """One way in which an image is shown.
 
     Attributes:
@@ -147,14 +147,16 @@ def prepare_pixels(
     return np.ascontiguousarray(levels.transpose(2, 0, 1)) / np.float32(127.5) - np.float32(1)
 
 
-def load_pixels(pictures: Sequence[Picture], places: Sequence[Sequence[float]], config: PictureConfig) -> Tensor:
+def load_pixels(
+    pictures: Sequence[TrainingPicture], places: Sequence[Sequence[float]], config: PictureConfig
+) -> Tensor:
     """Decode and prepare pictures of one shape, (N, 3, H, W), in ``dataloader_num_workers`` threads if there are any.
 
     Raises:
         InputError: naming an image that cannot be decoded.
     """
 
-    def one(picture: Picture, place: Sequence[float]) -> Tensor:
+    def one(picture: TrainingPicture, place: Sequence[float]) -> Tensor:
         with _decoding(picture.image) as opened:
             pixels = prepare_pixels(opened, picture.shape, config.image_interpolation_mode, place, picture.turn)
         return torch.from_numpy(pixels)
@@ -199,7 +201,7 @@ def _in_threads(function: Callable[..., R], config: PictureConfig, *items: Seque
         return list(pool.map(function, *items))
 
 
-def bucket_table(pictures: Sequence[Picture]) -> str:
+def bucket_table(pictures: Sequence[TrainingPicture]) -> str:
     """Return a table of the buckets: their pictures, what they are cut from, the share that is kept, um a pixel."""
     buckets = defaultdict(list)
     for picture in pictures:
@@ -223,7 +225,7 @@ def bucket_table(pictures: Sequence[Picture]) -> str:
     return "\n".join("  " + "  ".join(map(str.ljust, line, widths)).rstrip() for line in lines)
 
 
-def captions_by_shape(pictures: Iterable[Picture]) -> dict[Shape, Counter[str]]:
+def captions_by_shape(pictures: Iterable[TrainingPicture]) -> dict[Shape, Counter[str]]:
     """Return how often each caption comes with each shape, that of most pictures first; each picture counts once."""
     unique = {(picture.image.path, picture.turn): picture for picture in pictures}.values()
     captions: dict[Shape, Counter[str]] = defaultdict(Counter)

@@ -47,7 +47,7 @@ from eval.tiles.features import cover, read_grey
 from finetune.core.learns.averages import Averages
 from finetune.core.learns.trainable import Learns
 from finetune.core.loop import checkpoints
-from finetune.core.run import Opened
+from finetune.core.run import OpenRun
 from finetune.core.settings.watching import DriftWatchConfig
 from finetune.core.watch.losses import Watch
 from finetune.diffusion.adapters import adapters_off
@@ -99,7 +99,7 @@ class DriftWatch:
     def __init__(
         self,
         config: DriftWatchConfig,
-        opened: Opened,
+        opened: OpenRun,
         learns: Learns,
         averages: Averages,
         watch: Watch,

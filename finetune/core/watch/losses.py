@@ -28,8 +28,8 @@ from finetune.core.data.batches import check_captions, make_pictures
 from finetune.core.data.latents import CachedLatents, Latents, cached_latents
 from finetune.core.learns.averages import Averages
 from finetune.core.pictures.images import CaptionedImage, read_folder
-from finetune.core.pictures.pictures import CENTRE, Picture
-from finetune.core.run import HeldOut, Opened
+from finetune.core.pictures.pictures import CENTRE, TrainingPicture
+from finetune.core.run import HeldOut, OpenRun
 from finetune.core.settings.images import PictureConfig
 from finetune.core.settings.watching import WatchConfig
 from finetune.diffusion.denoiser import Denoiser
@@ -54,14 +54,14 @@ class Watch:
     """
 
     config: WatchConfig
-    opened: Opened
-    sets: dict[str, list[Picture]]
+    opened: OpenRun
+    sets: dict[str, list[TrainingPicture]]
     latents: Latents
     prompts: Tensor
     prompt_rows: dict[str, int]
     averages: Averages
 
-    def of(self, opened: Opened) -> Watch:
+    def of(self, opened: OpenRun) -> Watch:
         """Return the same watch of a run whose settings were completed."""
         return dataclasses.replace(self, opened=opened)
 
@@ -102,7 +102,7 @@ class Watch:
         return [(band * total // count, (band + 1) * total // count) for band in range(count)]
 
     @torch.no_grad()
-    def losses(self, pictures: Sequence[Picture]) -> NDArray[np.float64]:
+    def losses(self, pictures: Sequence[TrainingPicture]) -> NDArray[np.float64]:
         """Return the loss of each picture in each band, (N, T), without any weight; processes share the work."""
         run, models = self.opened.run, self.opened.models
         denoiser = Denoiser(models.text_encoder, models.unet)
@@ -119,7 +119,7 @@ class Watch:
             values.flat[cell] = value
         return values
 
-    def _cells(self, pictures: Sequence[Picture]) -> Iterator[list[int]]:
+    def _cells(self, pictures: Sequence[TrainingPicture]) -> Iterator[list[int]]:
         """Yield places in the table of losses: of pictures of one shape, as many at a time as training takes."""
         bands, size = len(self.bands), self.opened.run.train.micro_batch
         for shape in sorted({picture.shape for picture in pictures}):
@@ -128,7 +128,7 @@ class Watch:
             for start in range(0, len(cells), size):
                 yield cells[start : start + size]
 
-    def _batch(self, rows: Sequence[tuple[Picture, int]]) -> FixedNoise:
+    def _batch(self, rows: Sequence[tuple[TrainingPicture, int]]) -> FixedNoise:
         """Return the triples of some pictures, each in one band."""
         models, device = self.opened.models, self.opened.device
         moments = self.latents.of(rows[0][0].shape, [picture.key(CENTRE) for picture, _ in rows], device)
@@ -211,7 +211,7 @@ def spread_over_captions(images: Sequence[CaptionedImage], count: int) -> list[C
 
 def watch_losses(
     config: WatchConfig,
-    opened: Opened,
+    opened: OpenRun,
     pictures: PictureConfig,
     averages: Averages,
     heldout: HeldOut,
@@ -239,7 +239,7 @@ def watch_losses(
     plain = dataclasses.replace(
         pictures, center_crop=True, random_crop=False, cache_crops=0, random_flip=False, flips={}
     )
-    sets: dict[str, list[Picture]] = {}
+    sets: dict[str, list[TrainingPicture]] = {}
     flag, named = "--validation_data_dir", config.validation_data_dir
     folder = named or heldout.beside.resolve().parent / "validation"
     if named is not None and config.heldout_steps is None and not for_drift:

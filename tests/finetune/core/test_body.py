@@ -14,7 +14,7 @@ from test_methods import run_recipe, words_of
 import finetune.core.recipe
 from data_prep.folders.run_folder import LORA_FILE
 from finetune.core.recipe import Method
-from finetune.core.run import Opened
+from finetune.core.run import OpenRun
 from finetune.core.settings.recipe import RecipeConfig
 
 
@@ -36,7 +36,7 @@ def observed(toy_sd: Path, captioned_images: Path, tmp_path: Path, monkeypatch: 
     observer, body = Ends(3), finetune.core.recipe
     train_and_save = body.train_and_save
 
-    def with_observer(opened: Opened, config: RecipeConfig, method: Method) -> None:
+    def with_observer(opened: OpenRun, config: RecipeConfig, method: Method) -> None:
         train_and_save(opened, config, replace(method, observers=[observer]))
 
     monkeypatch.setattr(body, "train_and_save", with_observer)

@@ -20,7 +20,7 @@ from finetune.core.data.batches import CaptionedBatches, captioned_batches
 from finetune.core.pictures.images import CaptionedImage, read_folder, read_images
 from finetune.core.pictures.pictures import (
     CENTRE,
-    Picture,
+    TrainingPicture,
     bucket_of,
     bucket_step,
     bucket_table,
@@ -161,7 +161,7 @@ def test_the_step_suits_the_resolution(resolution: int, step: int) -> None:
 
 def test_the_table_tells_buckets_shares_and_pixel_sizes() -> None:
     pictures = [
-        Picture(
+        TrainingPicture(
             image=CaptionedImage(
                 path=Path("a"),
                 captions=("x",),
@@ -374,7 +374,7 @@ def encoded_now(build: Build, monkeypatch: pytest.MonkeyPatch, **options: object
 
     seen = 0
 
-    def counting(pictures: list[Picture], *rest: object) -> torch.Tensor:
+    def counting(pictures: list[TrainingPicture], *rest: object) -> torch.Tensor:
         nonlocal seen
         seen += len(pictures)
         return load_pixels(pictures, *rest)

@@ -28,7 +28,7 @@ from finetune.core.learns.trainable import lora_adapters
 from finetune.core.loss import denoising_loss, noisy_latents
 from finetune.core.open import open_run
 from finetune.core.pictures.images import read_folder
-from finetune.core.run import Opened, Update
+from finetune.core.run import OpenRun, Update
 from finetune.core.settings.images import PictureConfig
 from finetune.core.settings.methods import LoraConfig, PriorConfig
 from finetune.core.settings.model import HubConfig, ModelConfig
@@ -45,7 +45,7 @@ from finetune.lora_dreambooth import LoraDreamBoothRun, main
 
 ROOT = Path(__file__).parents[4]
 PICTURES, NOISE = PictureConfig(), NoiseConfig()
-MakePrior = Callable[..., tuple[Opened, WithPrior]]
+MakePrior = Callable[..., tuple[OpenRun, WithPrior]]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -64,7 +64,7 @@ def make_prior(toy_sd: Path, captioned_images: Path, tmp_path: Path) -> Iterator
     """Open a run on the toy and put prior rows beside its ten images."""
     runs = []
 
-    def make(*, learns_text: bool = False, adapts: bool = True, **options: Any) -> tuple[Opened, WithPrior]:
+    def make(*, learns_text: bool = False, adapts: bool = True, **options: Any) -> tuple[OpenRun, WithPrior]:
         prior: dict[str, Any] = {"class_data_dir": tmp_path / "class", "class_prompt": "ab", "num_class_images": 3}
         names = {field.name for field in dataclasses.fields(PriorConfig)}
         given: dict[str, Any] = {
