@@ -48,7 +48,7 @@ def main(config: FullRun) -> None:
         batches = parts.image_batches(opened, config, learns_text=learns_text, balance=balance)
         updates = parts.with_prior(batches, opened, config.prior, adapts=False)
         lr, text_lr = parts.learning_rates(config.train, config.text_encoder, run.accelerator.num_processes)
-        learns = parts.all_weights(models, learning_rate=lr, text_encoder_rate=text_lr)
+        learns = parts.trainable.all_weights(models, learning_rate=lr, text_encoder_rate=text_lr)
 
         def save(provenance: Provenance) -> Path:
             return parts.save_pipeline(run.folder, models, provenance)

@@ -67,7 +67,9 @@ def main(config: LoraDreamBoothRun) -> None:
         updates = parts.with_prior(batches, opened, config.prior, adapts=True)
         lr, text_lr = parts.learning_rates(config.train, config.text_encoder, run.accelerator.num_processes)
         models.unet.to(run.weight_dtype)
-        learns = parts.lora_adapters(models, config.lora, learning_rate=lr, seed=run.seed, text_encoder_rate=text_lr)
+        learns = parts.trainable.lora_adapters(
+            models, config.lora, learning_rate=lr, seed=run.seed, text_encoder_rate=text_lr
+        )
 
         def save(provenance: Provenance) -> Path:
             return parts.save_lora(run.folder, models, provenance)

@@ -88,7 +88,9 @@ def main(config: PivotalTuningRun) -> None:
         # A class prompt gives the rows no gradient, and before the pivot nothing else learns.
         beside = parts.with_prior(batches, opened, config.prior, adapts=True)
         models.unet.to(run.weight_dtype)
-        adapters = parts.lora_adapters(models, config.lora, learning_rate=lr, seed=run.seed, text_encoder_rate=text_lr)
+        adapters = parts.trainable.lora_adapters(
+            models, config.lora, learning_rate=lr, seed=run.seed, text_encoder_rate=text_lr
+        )
         word.embedding.rows.requires_grad_(True)  # peft has frozen all that it found
         rows = word.learns(parts.base_learning_rate(config.train, processes, token_lr))
         learns = parts.word_then_adapters(rows, adapters, pivot=alone, after=config.pivot.token_lr_after / token_lr)

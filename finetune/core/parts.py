@@ -5,9 +5,9 @@ from __future__ import annotations
 from data_prep.folders.run_folder import EMBEDDINGS_FILE, LORA_FILE, PIPELINE_FILE, PIPELINE_PARTS
 from finetune.core.data.prior import with_prior
 from finetune.core.data.staged import Staged, word_then_adapters
+from finetune.core.learns import trainable
 from finetune.core.learns.averages import Averages
 from finetune.core.learns.optimizer import base_learning_rate, learning_rates
-from finetune.core.learns.trainable import all_weights, lora_adapters
 from finetune.core.learns.words import add_word, heldout_images, into_table, word_images
 from finetune.core.pictures.hub_dataset import local_images
 from finetune.core.pictures.images import data_provenance, read_images, read_instance_images
@@ -28,7 +28,6 @@ __all__ = [
     "Staged",
     "WordCopies",
     "add_word",
-    "all_weights",
     "base_learning_rate",
     "copies_of",
     "data_provenance",
@@ -37,13 +36,13 @@ __all__ = [
     "into_table",
     "learning_rates",
     "local_images",
-    "lora_adapters",
     "read_images",
     "read_instance_images",
     "run_method",
     "save_embeddings",
     "save_lora",
     "save_pipeline",
+    "trainable",
     "with_prior",
     "word_images",
     "word_then_adapters",
