@@ -289,7 +289,7 @@ def test_an_image_comes_with_its_own_caption(
                 (which,) = [place for place in range(10) if torch.equal(batch.prompts[row], embeds[place])]
                 flat = torch.full((1, 3, 4 * rows, 4 * columns), (10 + 24 * which) / 127.5 - 1)
                 moments = encode(models.vae, flat)
-                noise = draw(0, position, shape=(channels, rows, columns)).latent_noise
+                noise = draw(0, position, shape=(channels, rows, columns), num_timesteps=1000).latent_noise
                 expected = (moments.mean[0] + moments.std[0] * noise) * models.vae.config.scaling_factor
                 # The VAE sees other batches in training: rounding of its convolutions, well below a grey level.
                 torch.testing.assert_close(batch.latents[row], expected, atol=2e-5, rtol=1e-4)
@@ -416,7 +416,7 @@ def test_cached_crops_are_as_many_as_asked_and_equal_encoding_them(
     direct = [encode(models.vae, load_pixels([picture], [place], PictureConfig())) for place in picture.places(3)]
     factor, seen = models.vae.config.scaling_factor, Counter()
     for batch in batches_of(batches, 30):
-        noise = draw(0, batch.positions[0], shape=(4, 8, 8)).latent_noise
+        noise = draw(0, batch.positions[0], shape=(4, 8, 8), num_timesteps=1000).latent_noise
         distances = [
             float((batch.latents[0] / factor - one.mean[0] - one.std[0] * noise).abs().max()) for one in direct
         ]
@@ -435,7 +435,7 @@ def test_flips_have_latents_of_their_own(build: Build, models: Models, tmp_path:
     direct = [encode(models.vae, load_pixels([way], [CENTRE], PictureConfig())) for way in ways]
     factor, seen = models.vae.config.scaling_factor, Counter()
     for batch in batches_of(batches, 40):
-        noise = draw(0, batch.positions[0], shape=(4, 8, 8)).latent_noise
+        noise = draw(0, batch.positions[0], shape=(4, 8, 8), num_timesteps=1000).latent_noise
         errors = [float((batch.latents[0] / factor - one.mean[0] - one.std[0] * noise).abs().max()) for one in direct]
         assert min(errors) < 1e-4 < max(errors)
         seen[int(np.argmin(errors))] += 1
