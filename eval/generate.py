@@ -18,8 +18,8 @@ from typing import Literal
 
 from configs.load import Repeatable, command, save
 from data_prep.folders.publish import check_free, publish
+from eval.generation.shares import join_team
 from finetune.diffusion.config import SamplingConfig, each_scale
-from finetune.diffusion.shares import join_team
 
 
 @dataclass(frozen=True, kw_only=True)

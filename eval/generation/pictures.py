@@ -14,11 +14,11 @@ from torch import Tensor
 from tqdm import tqdm
 
 from eval.generation.request import PictureRequest, batches
+from eval.generation.shares import Team
 from eval.generation.tiff16 import write_slice
 from eval.tiles.contact_sheet import contact_sheet
 from finetune.diffusion.config import SamplingConfig
 from finetune.diffusion.sampling import require_light, sample
-from finetune.diffusion.shares import Team
 from prompts.grids import write_grid
 
 SHEET_COLUMNS = 8

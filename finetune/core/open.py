@@ -73,16 +73,7 @@ def open_run(
     with started as run:
         pushes = config.hub.push_to_hub and run.is_main and not config.train.dry_run
         repository = find_repository(config.hub, run.folder) if pushes else None
-        models = load_models(
-            name,
-            revision=source.revision,
-            variant=source.variant,
-            cache_dir=source.cache_dir,
-            device=run.accelerator.device,
-            unet_revision=source.non_ema_revision,
-            tokenizer_name=source.tokenizer_name,
-            tokenizer_max_length=source.tokenizer_max_length,
-        )
+        models = load_models(source.source, device=run.accelerator.device)
         base_scheduler = models.base_scheduler
         if config.train.enable_xformers_memory_efficient_attention:
             models.unet.enable_xformers_memory_efficient_attention()

@@ -93,3 +93,26 @@ def each_scale(adapters: Sequence[Path], scales: Sequence[float]) -> tuple[float
             f"--adapter_scale {shown}: {len(scales)} for {len(adapters)} --adapter; one for all, or one each"
         )
     return tuple(scales)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelSource:
+    """Where the parts of a model come from.
+
+    Attributes:
+        name: a folder in diffusers' format, or a model id of the hub.
+        revision: of the hub model.
+        variant: of its weight files, such as fp16; if absent, the only one that is there.
+        unet_revision: of the hub model, for its U-Net alone.
+        tokenizer_name: a folder or a model id, for the tokenizer alone.
+        tokenizer_max_length: tokens of a prompt; the tokenizer's own if absent.
+        cache_dir: where models of the hub are kept; the library's own place if absent.
+    """
+
+    name: str
+    revision: str | None = None
+    variant: str | None = None
+    unet_revision: str | None = None
+    tokenizer_name: str | None = None
+    tokenizer_max_length: int | None = None
+    cache_dir: Path | None = None

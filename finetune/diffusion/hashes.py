@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING
 
 from configs.errors import UsageError
 from data_prep.folders.hashes import sha256_of
+from finetune.diffusion.families import STABLE_DIFFUSION
 
 if TYPE_CHECKING:
-    from finetune.diffusion.models import Models
-
-_PARTS = ("scheduler", "text_encoder", "tokenizer", "unet", "vae")
+    from finetune.diffusion.families import STABLE_DIFFUSION
+from finetune.diffusion.models import Models
 
 
 def model_hash(name_or_path: str, *, revision: str | None = None, cache_dir: Path | None = None) -> str:
@@ -35,7 +35,7 @@ def model_hash(name_or_path: str, *, revision: str | None = None, cache_dir: Pat
             raise UsageError(f"--pretrained_model_name_or_path {name_or_path}: there is no such folder") from error
     files = [
         path
-        for part in _PARTS
+        for part in STABLE_DIFFUSION.parts
         for path in (folder / part).glob("*")
         if path.suffix in {".safetensors", ".json", ".txt"}
     ]

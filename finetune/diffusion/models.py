@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from configs.errors import UsageError
-from finetune.diffusion.config import NoiseConfig
+from finetune.diffusion.config import ModelSource, NoiseConfig
+from finetune.diffusion.families import STABLE_DIFFUSION, Family, check_family
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL, SchedulerMixin, StableDiffusionPipeline, UNet2DConditionModel
@@ -52,6 +53,7 @@ class Models:
         base_tokenizer: as loaded.
         base_scheduler: diffusers', as loaded, or as it is trained.
         name: what the user typed.
+        family: what its family has of its own.
         adapters: those on the model; shared with what ``dataclasses.replace`` makes of it, as the modules are.
     """
 
@@ -62,6 +64,7 @@ class Models:
     base_scheduler: SchedulerMixin
     name: str
     adapters: LoadedAdapters = field(default_factory=LoadedAdapters)
+    family: Family = STABLE_DIFFUSION
 
     @property
     def tokenizer(self) -> CLIPTokenizer:
@@ -87,16 +90,7 @@ class Models:
 
 
 def load_models(
-    name_or_path: str,
-    *,
-    revision: str | None = None,
-    variant: str | None = None,
-    cache_dir: Path | None = None,
-    device: str | torch.device = "cpu",
-    dtype: torch.dtype = torch.float32,
-    unet_revision: str | None = None,
-    tokenizer_name: str | None = None,
-    tokenizer_max_length: int | None = None,
+    source: str | ModelSource, *, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
 ) -> Models:
     """Load a Stable Diffusion 1.x or 2.x from a folder in diffusers' format or the hub, frozen, in eval mode.
 
@@ -111,30 +105,32 @@ def load_models(
     from diffusers import StableDiffusionPipeline, UNet2DConditionModel
     from transformers import CLIPTokenizer
 
-    check_folder(name_or_path)
-    variant = variant or _only_variant(Path(name_or_path))
-    if unet_revision is not None and Path(name_or_path).is_dir():
-        raise UsageError(f"--non_ema_revision {unet_revision}: {name_or_path} is a folder, which has no revisions")
+    source = ModelSource(name=source) if isinstance(source, str) else source
+    name = source.name
+    check_folder(name)
+    variant, revision = source.variant or _only_variant(Path(name)), source.unet_revision
+    if revision is not None and Path(name).is_dir():
+        raise UsageError(f"--non_ema_revision {revision}: {name} is a folder, which has no revisions")
     other: dict[str, Any] = {}
     try:
-        if unet_revision is not None:
+        if revision is not None:
             other["unet"] = UNet2DConditionModel.from_pretrained(
-                name_or_path,
+                name,
                 subfolder="unet",
-                revision=unet_revision,
+                revision=revision,
                 variant=variant,
-                cache_dir=cache_dir,
+                cache_dir=source.cache_dir,
                 torch_dtype=dtype,
                 use_safetensors=True,
             )
-        if tokenizer_name is not None:
-            other["tokenizer"] = CLIPTokenizer.from_pretrained(tokenizer_name, cache_dir=cache_dir)
+        if source.tokenizer_name is not None:
+            other["tokenizer"] = CLIPTokenizer.from_pretrained(source.tokenizer_name, cache_dir=source.cache_dir)
         pipeline = StableDiffusionPipeline.from_pretrained(
-            name_or_path,
+            name,
             **other,
-            revision=revision,
+            revision=source.revision,
             variant=variant,
-            cache_dir=cache_dir,
+            cache_dir=source.cache_dir,
             dtype=dtype,
             use_safetensors=True,
             safety_checker=None,
@@ -145,16 +141,16 @@ def load_models(
     except (OSError, ValueError) as error:
         reason = " ".join(str(error).split())[:300]
         raise UsageError(
-            f"--pretrained_model_name_or_path {name_or_path}: cannot be loaded as a Stable Diffusion ({reason})"
+            f"--pretrained_model_name_or_path {name}: cannot be loaded as a Stable Diffusion ({reason})"
         ) from error
-    _check_tokenizer(pipeline.tokenizer, pipeline.text_encoder, tokenizer_name, tokenizer_max_length)
+    _check_tokenizer(pipeline.tokenizer, pipeline.text_encoder, source)
     models = Models(
         base_tokenizer=pipeline.tokenizer,
         text_encoder=pipeline.text_encoder,
         vae=pipeline.vae,
         unet=pipeline.unet,
         base_scheduler=pipeline.scheduler,
-        name=name_or_path,
+        name=name,
     )
     for part in (models.text_encoder, models.vae, models.unet):
         part.requires_grad_(False).eval().to(device)
@@ -167,10 +163,9 @@ def _only_variant(folder: Path) -> str | None:
     return names[0][1] if len(names) == 1 and len(names[0]) == 3 else None
 
 
-def _check_tokenizer(
-    tokenizer: CLIPTokenizer, text_encoder: CLIPTextModel, name: str | None, max_length: int | None
-) -> None:
+def _check_tokenizer(tokenizer: CLIPTokenizer, text_encoder: CLIPTextModel, source: ModelSource) -> None:
     """Refuse another tokenizer, or another length, that the text encoder cannot read; put the length into force."""
+    name, max_length = source.tokenizer_name, source.tokenizer_max_length
     rows, places = text_encoder.get_input_embeddings().weight.shape[0], text_encoder.config.max_position_embeddings
     if name is not None and len(tokenizer) > rows:
         raise UsageError(f"--tokenizer_name {name}: has {len(tokenizer)} pieces, the text encoder knows {rows}")
@@ -195,6 +190,7 @@ def check_folder(name_or_path: str) -> None:
     if path.is_dir():
         if not (path / "model_index.json").is_file():
             raise UsageError(f"--pretrained_model_name_or_path {name_or_path}: holds no model_index.json")
+        check_family(path)
         if not list((path / "unet").glob("*.safetensors")):
             raise UsageError(
                 f"--pretrained_model_name_or_path {name_or_path}: unet/ holds no safetensors file; pickled weights are "
@@ -247,9 +243,9 @@ def together(models: Models) -> Iterator[None]:
 def as_pipeline(models: Models) -> StableDiffusionPipeline:
     """Return a stock pipeline that shares the modules; the safety checker is never run (it blacks out grey slices)."""
     quiet_libraries()
-    from diffusers import StableDiffusionPipeline
+    import diffusers
 
-    pipeline = StableDiffusionPipeline(
+    pipeline: StableDiffusionPipeline = getattr(diffusers, models.family.pipeline)(
         vae=models.vae,
         text_encoder=models.text_encoder,
         tokenizer=models.tokenizer,

@@ -10,6 +10,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Sequence
 
+import diffusers
 import numpy as np
 import torch
 from diffusers import (
@@ -19,7 +20,6 @@ from diffusers import (
     EulerDiscreteScheduler,
     PNDMScheduler,
     SchedulerMixin,
-    StableDiffusionImg2ImgPipeline,
     UniPCMultistepScheduler,
 )
 from PIL import Image
@@ -98,7 +98,7 @@ def sample_latents(
     pipeline.scheduler = make_scheduler(models.scheduler, settings.scheduler)
     size: dict[str, object] = {"height": height, "width": width}
     if begin_with:
-        pipeline = StableDiffusionImg2ImgPipeline(**pipeline.components, requires_safety_checker=False)
+        pipeline = getattr(diffusers, models.family.img2img)(**pipeline.components, requires_safety_checker=False)
     pipeline.set_progress_bar_config(disable=True)
     batches = []
     with evaluating(models), together(models), warnings.catch_warnings():

@@ -23,7 +23,6 @@ ADAPTER = "default"
 _ATTENTION = ["to_k", "to_q", "to_v", "to_out.0"]
 # Every convolution of the ResNet blocks, also the 1x1 that widens the shortcut, and the projection of the timestep.
 _RESNET = ["conv1", "conv2", "conv_shortcut", "time_emb_proj"]
-_TEXT_ENCODER = ["q_proj", "k_proj", "v_proj", "out_proj"]
 
 
 def always(done: int) -> float:
@@ -107,7 +106,9 @@ def lora_adapters(
         models.unet.add_adapter(PeftConfig(target_modules=targets, **options, **resnet), adapter_name=ADAPTER)
         groups.append(Group(_learning("unet", models.unet), learning_rate))
         if text_encoder_rate is not None:
-            models.text_encoder.add_adapter(PeftConfig(target_modules=_TEXT_ENCODER, **options), adapter_name=ADAPTER)
+            models.text_encoder.add_adapter(
+                PeftConfig(target_modules=list(models.family.text_encoder_layers), **options), adapter_name=ADAPTER
+            )
             groups.append(Group(_learning("text_encoder", models.text_encoder, "lora_"), text_encoder_rate))
     learns = Learns(tuple(groups))
     for parameter in learns.parameters.values():

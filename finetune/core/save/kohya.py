@@ -14,7 +14,9 @@ from peft import LoraConfig as PeftConfig
 from peft.utils.other import get_pattern_key
 from torch import Tensor
 
-PREFIXES = {"unet.": "lora_unet_", "text_encoder.": "lora_te_"}
+from finetune.diffusion.families import STABLE_DIFFUSION
+
+PREFIXES = STABLE_DIFFUSION.kohya_prefixes
 """Parts of a Stable Diffusion 1.x or 2.x, in diffusers' layout and in kohya's."""
 _TENSORS = {"lora_A.weight": "lora_down.weight", "lora_B.weight": "lora_up.weight"}
 # Names in a U-Net or CLIP that have an underscore of their own; kohya turns dots into underscores, too.

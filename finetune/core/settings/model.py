@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from configs.checks import need_positive
+from finetune.diffusion.config import ModelSource
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,6 +31,19 @@ class ModelConfig:
     def __post_init__(self) -> None:
         """Check ranges."""
         need_positive(tokenizer_max_length=self.tokenizer_max_length)
+
+    @property
+    def source(self) -> ModelSource:
+        """The same, as the model is loaded."""
+        return ModelSource(
+            name=self.pretrained_model_name_or_path,
+            revision=self.revision,
+            variant=self.variant,
+            unet_revision=self.non_ema_revision,
+            tokenizer_name=self.tokenizer_name,
+            tokenizer_max_length=self.tokenizer_max_length,
+            cache_dir=self.cache_dir,
+        )
 
 
 @dataclass(frozen=True, kw_only=True)

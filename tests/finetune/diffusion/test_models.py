@@ -16,6 +16,7 @@ from finetune.core.learns.trainable import lora_adapters
 from finetune.core.save.weights import save_lora
 from finetune.core.settings.methods import LoraConfig
 from finetune.diffusion.adapters import fold_adapters, load_adapter, set_adapter_scale
+from finetune.diffusion.config import ModelSource
 from finetune.diffusion.hashes import model_hash
 from finetune.diffusion.models import Models, load_models
 from finetune.diffusion.text import encode_prompts
@@ -92,6 +93,24 @@ def test_a_folder_that_is_no_model_is_refused(toy_sd: Path, tmp_path: Path, spoi
     spoil(copy)
     with pytest.raises(UsageError, match=message):
         load_models(str(copy))
+
+
+@pytest.mark.parametrize(
+    ("pipeline", "family"),
+    [
+        ("StableDiffusionXLPipeline", "Stable Diffusion XL"),
+        ("StableDiffusion3Pipeline", "Stable Diffusion 3"),
+        ("FluxPipeline", "Flux"),
+    ],
+)
+def test_a_model_of_another_family_is_refused_by_its_name(
+    toy_sd: Path, tmp_path: Path, pipeline: str, family: str
+) -> None:
+    index = json.loads((toy_sd / "model_index.json").read_text(encoding="utf-8")) | {"_class_name": pipeline}
+    (tmp_path / "model_index.json").write_text(json.dumps(index), encoding="utf-8")
+    with pytest.raises(UsageError, match=f"is a {family} ") as caught:
+        load_models(str(tmp_path))
+    assert "\n" not in str(caught.value)
 
 
 def test_hash_belongs_to_the_content_not_the_name(toy_sd: Path, toy_sd_v: Path, tmp_path: Path) -> None:
@@ -187,23 +206,26 @@ def test_an_adapter_that_would_lose_layers_is_refused(toy_sd: Path, tmp_path: Pa
 
 
 def test_another_length_of_prompts_is_kept_within_what_the_text_encoder_reads(toy_sd: Path) -> None:
-    models = load_models(str(toy_sd), tokenizer_max_length=20)
+    models = load_models(ModelSource(name=str(toy_sd), tokenizer_max_length=20))
     assert encode_prompts(models, ["sf_dry"]).shape == (1, 20, 16)
     with pytest.raises(UsageError, match="--tokenizer_max_length 78: the text encoder reads 77 at most"):
-        load_models(str(toy_sd), tokenizer_max_length=78)
+        load_models(ModelSource(name=str(toy_sd), tokenizer_max_length=78))
 
 
 def test_another_tokenizer_must_fit_the_text_encoder(toy_sd: Path, tmp_path: Path) -> None:
     tokenizer = load_models(str(toy_sd)).tokenizer
     tokenizer.model_max_length = 33
     tokenizer.save_pretrained(tmp_path / "same")
-    assert load_models(str(toy_sd), tokenizer_name=str(tmp_path / "same")).tokenizer.model_max_length == 33
+    assert (
+        load_models(ModelSource(name=str(toy_sd), tokenizer_name=str(tmp_path / "same"))).tokenizer.model_max_length
+        == 33
+    )
     tokenizer.add_tokens(["<new>"])
     tokenizer.save_pretrained(tmp_path / "more")
     with pytest.raises(UsageError, match=r"--tokenizer_name .*more: has 515 pieces, the text encoder knows 514"):
-        load_models(str(toy_sd), tokenizer_name=str(tmp_path / "more"))
+        load_models(ModelSource(name=str(toy_sd), tokenizer_name=str(tmp_path / "more")))
 
 
 def test_a_folder_has_no_revision_for_its_unet(toy_sd: Path) -> None:
     with pytest.raises(UsageError, match=r"--non_ema_revision main: .* is a folder, which has no revisions"):
-        load_models(str(toy_sd), unet_revision="main")
+        load_models(ModelSource(name=str(toy_sd), unet_revision="main"))

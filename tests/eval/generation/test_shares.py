@@ -12,10 +12,10 @@ from transformers import CLIPTextModel
 
 import finetune.diffusion.vae
 from eval.generate import GenerateConfig, main
+from eval.generation.shares import Team
 from finetune.diffusion.config import SamplingConfig
 from finetune.diffusion.models import load_models
 from finetune.diffusion.sampling import sample_latents
-from finetune.diffusion.shares import Team
 from finetune.diffusion.vae import decode
 
 
