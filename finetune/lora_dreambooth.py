@@ -14,28 +14,16 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 from configs.load import command
 from finetune.core.settings.methods import InstanceConfig, LoraConfig, PriorConfig, TextEncoderConfig, check_folders
 from finetune.core.settings.recipe import RecipeConfig
-from finetune.core.settings.training import TrainConfig
+from finetune.core.settings.training import LoraDreamBoothTrainConfig
 from finetune.core.settings.watching import PreviewConfig
 
 if TYPE_CHECKING:
     from finetune.core.parts import Method, OpenRun, Provenance
-
-
-@dataclass(frozen=True, kw_only=True)
-class LoraDreamBoothTrainConfig(TrainConfig):
-    """The loop, with the defaults of diffusers' train_dreambooth_lora.py."""
-
-    train_batch_size: int | Literal["auto"] = 4
-    """Images per process in one forward pass, with class images as many of them beside; auto: as many as fit."""
-    num_train_epochs: int = 1
-    """Passes over the images; max_train_steps wins."""
-    learning_rate: float = 5e-4
-    """Learning rate before the schedule's factor."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -18,7 +18,7 @@ import os
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 from configs.load import command
 from finetune.core.settings.methods import (
@@ -31,21 +31,11 @@ from finetune.core.settings.methods import (
     check_pivotal,
 )
 from finetune.core.settings.recipe import RecipeConfig
-from finetune.core.settings.training import TrainConfig
+from finetune.core.settings.training import PivotalTuningTrainConfig
 from finetune.core.settings.watching import PreviewConfig
 
 if TYPE_CHECKING:
     from finetune.core.parts import Method, OpenRun, Provenance
-
-
-@dataclass(frozen=True, kw_only=True)
-class PivotalTuningTrainConfig(TrainConfig):
-    """The loop; batch and rate as in LoRA + DreamBooth, length as in Textual Inversion."""
-
-    train_batch_size: int | Literal["auto"] = 4
-    """Images per process in one forward pass, with class images as many of them beside; auto: as many as fit."""
-    max_train_steps: int | None = 2000
-    """Optimizer updates in all; `null`: as many as num_train_epochs gives."""
 
 
 @dataclass(frozen=True, kw_only=True)

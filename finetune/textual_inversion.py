@@ -18,19 +18,11 @@ from typing import TYPE_CHECKING
 from configs.load import command
 from finetune.core.settings.methods import NoPriorConfig, SentenceConfig, TokenConfig
 from finetune.core.settings.recipe import RecipeConfig
-from finetune.core.settings.training import TrainConfig
+from finetune.core.settings.training import TextualInversionTrainConfig
 from finetune.core.settings.watching import PreviewConfig
 
 if TYPE_CHECKING:
     from finetune.core.parts import Method, OpenRun, Provenance
-
-
-@dataclass(frozen=True, kw_only=True)
-class TextualInversionTrainConfig(TrainConfig):
-    """The loop, with the defaults of diffusers' textual_inversion.py."""
-
-    max_train_steps: int | None = 5000
-    """Optimizer updates in all; `null` for num_train_epochs."""
 
 
 @dataclass(frozen=True, kw_only=True)

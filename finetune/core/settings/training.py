@@ -248,3 +248,45 @@ CHANGEABLE = frozenset(
     }
 )
 """Options in which a continued run may differ from how it began (the images themselves are compared by content)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextualInversionTrainConfig(TrainConfig):
+    """The loop, with the defaults of diffusers' textual_inversion.py."""
+
+    max_train_steps: int | None = 5000
+    """Optimizer updates in all; `null` for num_train_epochs."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DreamBoothTrainConfig(TrainConfig):
+    """The loop, with the defaults of diffusers' train_dreambooth.py."""
+
+    train_batch_size: int | Literal["auto"] = 4
+    """Images per process in one forward pass, with class images as many of them beside; auto: as many as fit."""
+    num_train_epochs: int = 1
+    """Passes over the images; max_train_steps wins."""
+    learning_rate: float = 5e-6
+    """Learning rate before the schedule's factor."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoraDreamBoothTrainConfig(TrainConfig):
+    """The loop, with the defaults of diffusers' train_dreambooth_lora.py."""
+
+    train_batch_size: int | Literal["auto"] = 4
+    """Images per process in one forward pass, with class images as many of them beside; auto: as many as fit."""
+    num_train_epochs: int = 1
+    """Passes over the images; max_train_steps wins."""
+    learning_rate: float = 5e-4
+    """Learning rate before the schedule's factor."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PivotalTuningTrainConfig(TrainConfig):
+    """The loop; batch and rate as in LoRA + DreamBooth, length as in Textual Inversion."""
+
+    train_batch_size: int | Literal["auto"] = 4
+    """Images per process in one forward pass, with class images as many of them beside; auto: as many as fit."""
+    max_train_steps: int | None = 2000
+    """Optimizer updates in all; `null`: as many as num_train_epochs gives."""
