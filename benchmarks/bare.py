@@ -71,14 +71,14 @@ class Bounds:
         import torch
 
         batch, denoiser = self.update.batches[-1], self.model
-        prompts = batch.prompts
+        prompts = batch.conditions.prompts
         if not prompts.is_floating_point() and optimizer is None:
             width = denoiser.unet.config.cross_attention_dim
             # Textual Inversion takes gradients through the whole U-Net, though none of its weights learn.
             through = not any(parameter.requires_grad for parameter in denoiser.unet.parameters())
             prompts = torch.zeros(*prompts.shape, width, device=prompts.device, requires_grad=through)
         with self.accelerator.autocast():
-            predicted = denoiser(batch.latents, batch.timesteps, prompts, distinct=batch.distinct)
+            predicted = denoiser(batch.latents, batch.timesteps, prompts, distinct=batch.conditions.distinct)
         (predicted.float() - batch.latents).square().mean().backward()
         if optimizer is None:
             denoiser.zero_grad()

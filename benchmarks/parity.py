@@ -87,7 +87,7 @@ def fixed_losses(config: TrainingConfig, place: Place, method: str, folder: Path
     from finetune.diffusion.denoiser import Denoiser
     from finetune.diffusion.models import load_models
     from finetune.diffusion.noise import from_scheduler
-    from finetune.diffusion.text import encode_prompts
+    from finetune.diffusion.text import Conditions, encode_prompts
     from finetune.diffusion.vae import encode, scaled_latents
 
     whole = folder is not None and method in ("full", "dreambooth")
@@ -117,7 +117,7 @@ def fixed_losses(config: TrainingConfig, place: Place, method: str, folder: Path
                     noise=noise,
                     input_noise=noise,
                     timesteps=torch.full((len(latents),), (2 * band + 1) * total // (2 * NUM_TIMESTEPS)),
-                    prompts=embeds,
+                    conditions=Conditions(prompts=embeds),
                     weights=torch.ones(len(latents)),
                     names=("",) * len(latents),
                     positions=tuple(range(len(latents))),
@@ -213,6 +213,7 @@ def batch_of(recorded: dict[str, Tensor], step: int) -> Batch:
     import torch
 
     from finetune.core.run import Batch
+    from finetune.diffusion.text import Conditions
 
     latents, noise = recorded[f"{step}/latents"], recorded[f"{step}/noise"]
     learns_text = any(name.startswith("weights/text_encoder") for name in recorded)
@@ -221,7 +222,7 @@ def batch_of(recorded: dict[str, Tensor], step: int) -> Batch:
         noise=noise,
         input_noise=noise,
         timesteps=recorded[f"{step}/timesteps"],
-        prompts=recorded[f"{step}/ids"] if learns_text else recorded[f"{step}/embeds"],
+        conditions=Conditions(prompts=recorded[f"{step}/ids"] if learns_text else recorded[f"{step}/embeds"]),
         weights=torch.ones(len(latents)),
         names=("",) * len(latents),
         positions=tuple(range(len(latents))),

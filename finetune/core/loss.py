@@ -33,12 +33,11 @@ def denoising_loss(
 
     Args:
         denoiser: predicts from noisy latents, timesteps and prompts.
-        batch: latents, noise to add and to predict, timesteps and prompts of B images; ``targets`` win where given.
+        batch: latents, noise to add and to predict, timesteps and conditions of B images; ``targets`` win where given.
         schedule: on the batch's device.
         snr_gamma: limit of min-SNR weighting; None for none.
     """
-    shared = {} if batch.distinct is None else {"distinct": batch.distinct}
-    prediction = denoiser(noisy_latents(schedule, batch), batch.timesteps, batch.prompts, **shared)
+    prediction = denoiser(noisy_latents(schedule, batch), batch.timesteps, **batch.conditions.arguments)
     wanted = batch.targets
     if wanted is None:
         wanted = target(schedule, batch.latents, batch.noise, batch.timesteps)

@@ -23,6 +23,7 @@ from finetune.core.settings.methods import PriorConfig
 from finetune.core.settings.training import TrainConfig
 from finetune.diffusion.models import Models
 from finetune.diffusion.noise import NoiseSchedule
+from finetune.diffusion.text import Conditions
 
 if TYPE_CHECKING:
     from diffusers import SchedulerMixin
@@ -195,25 +196,22 @@ class Batch:
         noise: (B, 4, h, w) float32, to predict.
         input_noise: (B, 4, h, w) float32, to add: the same, but for input perturbation.
         timesteps: (B,) int64.
-        prompts: (B, L, D) embeddings, or (B, L) int64 token ids where the text encoder learns.
+        conditions: what the pictures are conditioned on.
         weights: (B,) float32, what each image counts in the mean.
         names: of the images' files, for messages.
         positions: in the stream, of each image.
         targets: (B, 4, h, w) float32, what to predict, where it is not the noise or v.
-        distinct: the place of one image for each different prompt, (U,) int64, and which of these each image has, (B,)
-            int64, so that a text encoder that learns reads each once; None: it reads one per image.
     """
 
     latents: Tensor
     noise: Tensor
     input_noise: Tensor
     timesteps: Tensor
-    prompts: Tensor
+    conditions: Conditions
     weights: Tensor
     names: tuple[str, ...]
     positions: tuple[int, ...]
     targets: Tensor | None = None
-    distinct: tuple[Tensor, Tensor] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

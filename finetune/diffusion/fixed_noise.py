@@ -20,7 +20,7 @@ from finetune.diffusion.denoiser import Denoiser
 from finetune.diffusion.models import Models, evaluating
 from finetune.diffusion.noise import NoiseSchedule, add_noise, from_scheduler
 from finetune.diffusion.objective import target
-from finetune.diffusion.text import encode_prompts
+from finetune.diffusion.text import Conditions, encode_prompts
 
 Floats = NDArray[np.float64]
 
@@ -36,13 +36,13 @@ class FixedNoise:
         latents: (B, 4, h, w), scaled.
         noise: (B, 4, h, w).
         timesteps: (B,) int64.
-        prompts: (B, L, D) embeddings, or (B, L) int64 token ids, on the U-Net's device.
+        conditions: on the U-Net's device.
     """
 
     latents: Tensor
     noise: Tensor
     timesteps: Tensor
-    prompts: Tensor
+    conditions: Conditions
 
 
 AddNoise = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -55,7 +55,7 @@ def denoise(denoiser: Denoiser, batches: Iterable[FixedNoise], add: AddNoise) ->
     weight = next(denoiser.unet.parameters())
     for batch in batches:
         noisy = add(batch.latents, batch.noise, batch.timesteps).to(weight.device, weight.dtype)
-        yield batch, denoiser(noisy, batch.timesteps.to(weight.device), batch.prompts)
+        yield batch, denoiser(noisy, batch.timesteps.to(weight.device), **batch.conditions.arguments)
 
 
 @torch.no_grad()
@@ -96,13 +96,13 @@ def denoising_losses(
     )
     places = [(n, t) for n in range(len(latents)) for t in range(num_timesteps)]
     with evaluating(models):
-        embeds = encode_prompts(models, captions)
+        embeds = Conditions(prompts=encode_prompts(models, captions))
         batches = (
             FixedNoise(
                 latents=latents[n].float().cpu(),
                 noise=noise[t],
                 timesteps=timesteps[t],
-                prompts=embeds[n.to(embeds.device)],
+                conditions=embeds.rows(n.tolist()),
             )
             for n, t in _in_batches(places, batch_size)
         )
@@ -145,13 +145,13 @@ def predictions(
     )  # (K, T, 4, h, w)
     places = [(p, k, t) for p in range(num_prompts) for k in range(num_latents) for t in range(num_timesteps)]
     with evaluating(models):
-        embeds = encode_prompts(models, prompts)
+        embeds = Conditions(prompts=encode_prompts(models, prompts))
         batches = (
             FixedNoise(
                 latents=latents[p, k].float().cpu(),
                 noise=noise[k, t],
                 timesteps=timesteps[t],
-                prompts=embeds[p.to(embeds.device)],
+                conditions=embeds.rows(p.tolist()),
             )
             for p, k, t in _in_batches(places, batch_size)
         )

@@ -1,14 +1,74 @@
-"""Prompts to token ids and to embeddings."""
+"""What pictures are conditioned on: prompts, to token ids and to embeddings."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from configs.errors import UsageError
 from finetune.diffusion.models import Models
+
+
+@dataclass(frozen=True, kw_only=True)
+class Conditions:
+    """What B pictures are conditioned on, as the denoiser reads it. Whatever goes with a picture later is a field here.
+
+    Attributes:
+        prompts: (B, L, D) embeddings, or (B, L) int64 token ids where the text encoder learns.
+        distinct: the place of one picture for each different prompt, (U,) int64, and which of these each picture has,
+            (B,) int64, so that a text encoder that learns reads each once; None: it reads one per picture.
+    """
+
+    prompts: Tensor
+    distinct: tuple[Tensor, Tensor] | None = None
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """What pictures must share to go through the model together."""
+        return tuple(self.prompts.shape[1:])
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """How the denoiser is given them."""
+        shared = {} if self.distinct is None else {"distinct": self.distinct}
+        return {"prompt_embeds": self.prompts, **shared}
+
+    def rows(self, places: Sequence[int], *, each_once: bool = False) -> Conditions:
+        """Return those of some pictures, which may come several times.
+
+        Args:
+            places: of the pictures.
+            each_once: a text encoder that learns is to read equal prompts once.
+        """
+        prompts = self.prompts[torch.tensor(places, device=self.prompts.device)]
+        shares = each_once and not prompts.is_floating_point()
+        return Conditions(prompts=prompts, distinct=_distinct_rows(places, prompts.device) if shares else None)
+
+
+def joined(parts: Sequence[Conditions]) -> Conditions:
+    """Return the conditions of several batches as those of one; equal prompts of two of them count as different."""
+    prompts = torch.cat([one.prompts for one in parts])
+    first: list[Tensor] = []
+    which: list[Tensor] = []
+    places = rows = 0
+    for one in parts:
+        if one.distinct is None:
+            return Conditions(prompts=prompts)
+        first.append(one.distinct[0] + places)
+        which.append(one.distinct[1] + rows)
+        places, rows = places + len(one.prompts), rows + len(one.distinct[0])
+    return Conditions(prompts=prompts, distinct=(torch.cat(first), torch.cat(which)))
+
+
+def _distinct_rows(rows: Sequence[int], device: torch.device) -> tuple[Tensor, Tensor]:
+    """Return the first place of each different row, (U,) int64, and which of these each one is, (B,) int64."""
+    different = list(dict.fromkeys(rows))
+    first = torch.tensor([rows.index(row) for row in different], device=device)
+    return first, torch.tensor([different.index(row) for row in rows], device=device)
 
 
 def tokenize(models: Models, prompts: Sequence[str]) -> Tensor:

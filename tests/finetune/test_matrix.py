@@ -97,7 +97,7 @@ def naive_loss(
     latents, noise = batch.latents[one], batch.noise[one]
     with torch.no_grad(), run.accelerator.autocast():
         found = denoiser(
-            alpha**0.5 * latents + (1 - alpha) ** 0.5 * noise, batch.timesteps[one], batch.prompts[one]
+            alpha**0.5 * latents + (1 - alpha) ** 0.5 * noise, batch.timesteps[one], batch.conditions.prompts[one]
         ).float()
     wanted = alpha**0.5 * noise - (1 - alpha) ** 0.5 * latents if predicts_v else noise
     if batch.targets is not None:

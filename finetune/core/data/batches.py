@@ -17,7 +17,6 @@ from functools import cache, lru_cache
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from configs.errors import UsageError
 from finetune.core.data.latents import Latents, cached_latents
@@ -41,7 +40,7 @@ from finetune.core.settings.training import TrainConfig
 from finetune.diffusion.config import NoiseConfig
 from finetune.diffusion.draws import Draws, counter_seed, draw, permutation
 from finetune.diffusion.models import Models
-from finetune.diffusion.text import encode_prompts, tokenize
+from finetune.diffusion.text import Conditions, encode_prompts, tokenize
 from finetune.diffusion.vae import Moments, encode, scaled_latents
 
 
@@ -54,9 +53,8 @@ class CaptionedBatches:
         groups: of places in ``pictures``; each group is shown as often as the others. One group: all of them.
         latents: what the pictures are encoded to, or None: encoded at each use.
         size: side of a square picture, px; buckets have about its area.
-        prompts: (U + 1, L, D) embeddings, or (U + 1, L) int64 token ids where the text encoder learns, on the training
-            device; row 0 belongs to the empty caption.
-        prompt_rows: for each caption, its row in ``prompts``.
+        conditions: of U + 1 captions, on the training device; row 0 belongs to the empty one.
+        prompt_rows: for each caption, its row in ``conditions``.
     """
 
     pictures: list[tuple[TrainingPicture, ...]]
@@ -64,7 +62,7 @@ class CaptionedBatches:
     latents: Latents | None
     models: Models
     size: int
-    prompts: Tensor
+    conditions: Conditions
     prompt_rows: dict[str, int]
     num_timesteps: int
     config: PictureConfig
@@ -82,7 +80,7 @@ class CaptionedBatches:
     @property
     def learns_text(self) -> bool:
         """Whether prompts are token ids, for a text encoder that learns."""
-        return not self.prompts.is_floating_point()
+        return not self.conditions.prompts.is_floating_point()
 
     @property
     def steps_per_epoch(self) -> int:
@@ -140,7 +138,7 @@ class CaptionedBatches:
             )
             for _, position in rows
         ]
-        device = self.prompts.device
+        device = self.conditions.prompts.device
         prompts = [0 if one.drop_caption else self._prompt_row(*row) for one, row in zip(draws, rows, strict=True)]
         moments = self._moments([picture for picture, _ in rows], draws)
         spread = torch.stack([one.latent_noise for one in draws]).to(device, non_blocking=True)
@@ -149,11 +147,10 @@ class CaptionedBatches:
             noise=torch.stack([one.noise for one in draws]).to(device, non_blocking=True),
             input_noise=torch.stack([one.input_noise for one in draws]).to(device, non_blocking=True),
             timesteps=torch.tensor([one.timestep for one in draws]).to(device, non_blocking=True),
-            prompts=self.prompts[torch.tensor(prompts, device=device)],
+            conditions=self.conditions.rows(prompts, each_once=True),
             weights=torch.full((len(rows),), weight, device=device),
             names=tuple(picture.image.path.name for picture, _ in rows),
             positions=tuple(position for _, position in rows),
-            distinct=distinct_rows(prompts, device) if self.learns_text else None,
         )
 
     def _latent_shape(self, shape: Shape) -> tuple[int, int, int]:
@@ -174,14 +171,7 @@ class CaptionedBatches:
         for picture, one in zip(pictures, draws, strict=True):
             places = picture.places(self.config.cache_crops)
             keys.append(picture.key(places[int(one.crop[0] * len(places))]))
-        return self.latents.of(pictures[0].shape, keys, self.prompts.device)
-
-
-def distinct_rows(rows: Sequence[int], device: torch.device) -> tuple[Tensor, Tensor]:
-    """Return the first place of each different row, (U,) int64, and which of these each one is, (B,) int64."""
-    different = list(dict.fromkeys(rows))
-    first = torch.tensor([rows.index(row) for row in different], device=device)
-    return first, torch.tensor([different.index(row) for row in rows], device=device)
+        return self.latents.of(pictures[0].shape, keys, self.conditions.prompts.device)
 
 
 def _turn(seed: int, members: Sequence[int], number: int) -> int:
@@ -238,13 +228,14 @@ def captioned_batches(
         latents = cached_latents(flat, models.vae, config, run)
     else:
         check_decodable(images, config)
+    encoded = (tokenize if learns_text else encode_prompts)(models, ["", *captions])
     return CaptionedBatches(
         pictures=pictures,
         groups=groups,
         latents=latents,
         models=models,
         size=config.resolution or models.size_px,
-        prompts=(tokenize if learns_text else encode_prompts)(models, ["", *captions]).to(run.accelerator.device),
+        conditions=Conditions(prompts=encoded.to(run.accelerator.device)),
         prompt_rows={caption: row for row, caption in enumerate(captions, start=1)},
         num_timesteps=int(models.scheduler.config.num_train_timesteps),
         config=config,

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
 from itertools import zip_longest
@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from configs.errors import UsageError
-from finetune.core.data.batches import CaptionedBatches, captioned_batches, distinct_rows
+from finetune.core.data.batches import CaptionedBatches, captioned_batches
 from finetune.core.data.class_images import check_class_images, class_images
 from finetune.core.loss import noisy_latents
 from finetune.core.pictures.images import data_hash
@@ -34,7 +34,7 @@ from finetune.diffusion.denoiser import Denoiser
 from finetune.diffusion.draws import counter_seed
 from finetune.diffusion.noise import NoiseSchedule, from_scheduler
 from finetune.diffusion.objective import target
-from finetune.diffusion.text import encode_prompts, tokenize
+from finetune.diffusion.text import Conditions, encode_prompts, joined, tokenize
 from prompts.probe_lists import read_probes
 
 Predict = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -89,7 +89,7 @@ class WithPrior:
 
 def _joined(batches: list[Batch], schedule: NoiseSchedule) -> list[Batch]:
     """Make batches one, if their latents and prompts have one shape."""
-    if len({(batch.latents.shape[1:], batch.prompts.shape[1:]) for batch in batches}) > 1 or len(batches) == 1:
+    if len({(batch.latents.shape[1:], batch.conditions.shape) for batch in batches}) > 1 or len(batches) == 1:
         return batches
     targets = None
     if any(batch.targets is not None for batch in batches):
@@ -105,28 +105,13 @@ def _joined(batches: list[Batch], schedule: NoiseSchedule) -> list[Batch]:
             noise=torch.cat([one.noise for one in batches]),
             input_noise=torch.cat([one.input_noise for one in batches]),
             timesteps=torch.cat([one.timesteps for one in batches]),
-            prompts=torch.cat([one.prompts for one in batches]),
+            conditions=joined([one.conditions for one in batches]),
             weights=torch.cat([one.weights for one in batches]),
             names=tuple(name for one in batches for name in one.names),
             positions=tuple(place for one in batches for place in one.positions),
             targets=targets,
-            distinct=_joined_rows([one.distinct for one in batches], [len(one.names) for one in batches]),
         )
     ]
-
-
-def _joined_rows(parts: Sequence[tuple[Tensor, Tensor] | None], sizes: Sequence[int]) -> tuple[Tensor, Tensor] | None:
-    """Return which prompts of batches made one are different, as in ``Batch``; those of two batches count as such."""
-    first: list[Tensor] = []
-    which: list[Tensor] = []
-    places = rows = 0
-    for part, size in zip(parts, sizes, strict=True):
-        if part is None:
-            return None
-        first.append(part[0] + places)
-        which.append(part[1] + rows)
-        places, rows = places + size, rows + len(part[0])
-    return torch.cat(first), torch.cat(which)
 
 
 @dataclass(frozen=True)
@@ -150,11 +135,11 @@ class BasePrediction:
 
     Attributes:
         predict: the base model, from noisy latents, timesteps and prompts.
-        prompts: (U, L, D) embeddings, or (U, L) int64 token ids where the text encoder learns.
+        prompts: the conditions of U prompts.
     """
 
     predict: Predict
-    prompts: Tensor
+    prompts: Conditions
     schedule: NoiseSchedule
     seed: int
 
@@ -166,16 +151,17 @@ class BasePrediction:
         """Return as many prior rows as the update has images, each with a prompt drawn by its position."""
         batches = []
         for batch in update.batches:
-            drawn = [counter_seed(self.seed, "prior prompt", place) % len(self.prompts) for place in batch.positions]
-            prompts = self.prompts[torch.tensor(drawn, device=self.prompts.device)]
-            targets = self.predict(noisy_latents(self.schedule, batch), batch.timesteps, prompts)
+            drawn = [
+                counter_seed(self.seed, "prior prompt", place) % len(self.prompts.prompts) for place in batch.positions
+            ]
+            conditions = self.prompts.rows(drawn, each_once=True)
+            targets = self.predict(noisy_latents(self.schedule, batch), batch.timesteps, conditions.prompts)
             batches.append(
                 dataclasses.replace(
                     batch,
-                    prompts=prompts,
+                    conditions=conditions,
                     targets=targets.to(batch.latents.dtype),
                     names=tuple(f"the prior beside {name}" for name in batch.names),
-                    distinct=None if batch.distinct is None else distinct_rows(drawn, prompts.device),
                 )
             )
         return Update(batches=batches, weight=update.weight, num_images=update.num_images)
@@ -207,7 +193,7 @@ def with_prior(batches: CaptionedBatches, opened: OpenRun, config: PriorConfig, 
         tokens = (tokenize if learns_text else encode_prompts)(models, prompts).to(opened.device)
         predict = _base_predictor(opened, learns_text=learns_text, adapts=adapts)
         run.say(f"prior: the base model's predictions for {len(prompts)} prompts, weight {config.prior_loss_weight:g}")
-        rows = BasePrediction(predict=predict, prompts=tokens, schedule=schedule, seed=run.seed)
+        rows = BasePrediction(predict=predict, prompts=Conditions(prompts=tokens), schedule=schedule, seed=run.seed)
         return WithPrior(images=batches, prior=rows, loss_weight=config.prior_loss_weight, schedule=schedule)
     images = class_images(opened, config, batches.size)
     run.inputs["class_data_dir"] = data_hash(images)

@@ -136,12 +136,13 @@ def peaks(denoiser: nn.Module, parameters: list[nn.Parameter], loss: Loss, batch
 
 def _first(batch: Batch, count: int) -> Batch:
     """Return the first images of a batch."""
-    cut: dict[str, Any] = {
+    cut: dict[str, Any] = {"conditions": batch.conditions.rows(range(min(count, len(batch.names))))}
+    cut |= {
         field.name: value[:count]
         for field in dataclasses.fields(batch)
         if isinstance(value := getattr(batch, field.name), Tensor | tuple)
     }
-    return dataclasses.replace(batch, **cut | {"distinct": None})
+    return dataclasses.replace(batch, **cut)
 
 
 def _optimizer_bytes(parameters: Iterable[nn.Parameter], config: TrainConfig) -> int:

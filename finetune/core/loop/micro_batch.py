@@ -85,13 +85,13 @@ def _largest(
 def _rows(batch: Batch, count: int) -> Batch:
     """Return a batch of this many rows, of one that may have fewer: they come round again."""
     places = [place % len(batch.names) for place in range(count)]
-    chosen: dict[str, Any] = {}
+    chosen: dict[str, Any] = {"conditions": batch.conditions.rows(places)}
     for field in dataclasses.fields(batch):
         value = getattr(batch, field.name)
         if isinstance(value, Tensor):
             chosen[field.name] = value[torch.tensor(places, device=value.device)]
         elif isinstance(value, tuple):
-            chosen[field.name] = tuple(value[place] for place in places) if field.name != "distinct" else None
+            chosen[field.name] = tuple(value[place] for place in places)
     return dataclasses.replace(batch, **chosen)
 
 

@@ -19,7 +19,6 @@ import numpy as np
 import torch
 from accelerate.utils import DistributedType, gather_object
 from numpy.typing import NDArray
-from torch import Tensor
 
 from configs.errors import InputError, UsageError
 from data_prep.folders.run_folder import HELDOUT
@@ -36,7 +35,7 @@ from finetune.diffusion.denoiser import Denoiser
 from finetune.diffusion.draws import counter_seed, draw, permutation
 from finetune.diffusion.fixed_noise import FixedNoise, squared_errors
 from finetune.diffusion.models import evaluating
-from finetune.diffusion.text import encode_prompts, tokenize
+from finetune.diffusion.text import Conditions, encode_prompts, tokenize
 from finetune.diffusion.vae import scaled_latents
 
 Row = dict[str, object]
@@ -48,8 +47,8 @@ class Watch:
 
     Attributes:
         sets: `validation` and `train`, or none: nothing is looked at.
-        prompts: (U, L, D) embeddings, or (U, L) int64 token ids where the text encoder learns.
-        prompt_rows: for each caption, its row in ``prompts``.
+        conditions: of U captions; row 0 belongs to the empty one.
+        prompt_rows: for each caption, its row in ``conditions``.
         averages: looked at in the place of what learns, where they are kept.
     """
 
@@ -57,7 +56,7 @@ class Watch:
     opened: OpenRun
     sets: dict[str, list[TrainingPicture]]
     latents: Latents
-    prompts: Tensor
+    conditions: Conditions
     prompt_rows: dict[str, int]
     averages: Averages
 
@@ -146,7 +145,7 @@ class Watch:
             latents=scaled_latents(models.vae, moments),
             noise=noise,
             timesteps=torch.tensor(timesteps, device=device),
-            prompts=self.prompts[torch.tensor(prompts, device=self.prompts.device)],
+            conditions=self.conditions.rows(prompts),
         )
 
 
@@ -279,12 +278,13 @@ def watch_losses(
         sizes = ", ".join(f"{len(members)} {name} images" for name, members in sets.items())
         often = "at checks of drift" if config.heldout_steps is None else f"every {config.heldout_steps} steps"
         run.say(f"loss at fixed noise: {often}, on {sizes}")
+    encoded = (tokenize if learns_text else encode_prompts)(models, ["", *texts])
     return Watch(
         config=config,
         opened=opened,
         sets=sets,
         latents=cached_latents(flat, models.vae, plain, run) if flat else CachedLatents(moments={}, rows={}),
-        prompts=(tokenize if learns_text else encode_prompts)(models, ["", *texts]).to(opened.device),
+        conditions=Conditions(prompts=encoded.to(opened.device)),
         prompt_rows={text: row for row, text in enumerate(texts, start=1)},
         averages=averages,
     )

@@ -45,6 +45,7 @@ from finetune.core.settings.methods import LoraConfig
 from finetune.diffusion.denoiser import Denoiser
 from finetune.diffusion.models import Models, load_models
 from finetune.diffusion.noise import NoiseSchedule
+from finetune.diffusion.text import Conditions
 
 ROWS = 49_408
 """Of the embedding table of Stable Diffusion 1.x and 2.x."""
@@ -123,7 +124,7 @@ def loss_of(denoiser: Denoiser, job: str, device: str) -> Tensor:
         noise=latents,
         input_noise=latents,
         timesteps=torch.zeros(1, dtype=torch.int64, device=device),
-        prompts=ids if job in ("word", "full, text encoder") else embeds,
+        conditions=Conditions(prompts=ids if job in ("word", "full, text encoder") else embeds),
         weights=torch.ones(1, device=device),
         names=("a.png",),
         positions=(0,),

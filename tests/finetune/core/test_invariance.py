@@ -25,6 +25,7 @@ from finetune.diffusion.config import NoiseConfig
 from finetune.diffusion.denoiser import Denoiser
 from finetune.diffusion.models import load_models
 from finetune.diffusion.noise import from_scheduler
+from finetune.diffusion.text import Conditions
 
 Result = tuple[dict[str, Tensor], list[float]]
 TrainToy = Callable[..., Result]
@@ -60,7 +61,9 @@ def train_toy(toy_sd: Path, captioned_images: Path, tmp_path: Path) -> TrainToy:
         if double:
             models.unet.double()
             latents = batches.latents and in_float64(batches.latents)
-            batches = dataclasses.replace(batches, latents=latents, prompts=batches.prompts.double())
+            batches = dataclasses.replace(
+                batches, latents=latents, conditions=Conditions(prompts=batches.conditions.prompts.double())
+            )
         loss = partial(denoising_loss, schedule=from_scheduler(models.scheduler.config), snr_gamma=snr_gamma)
         losses = []
         for step in train(run, Denoiser(models.text_encoder, models.unet), learns, change(batches), loss):

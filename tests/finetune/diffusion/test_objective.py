@@ -17,7 +17,7 @@ from finetune.diffusion.denoiser import Denoiser
 from finetune.diffusion.models import load_models
 from finetune.diffusion.noise import NoiseSchedule, from_scheduler
 from finetune.diffusion.objective import min_snr_weight
-from finetune.diffusion.text import encode_prompts
+from finetune.diffusion.text import Conditions, encode_prompts
 
 
 def make_batch(size: int, timesteps: list[int], prompts: Tensor, dtype: torch.dtype = torch.float64) -> Batch:
@@ -27,7 +27,7 @@ def make_batch(size: int, timesteps: list[int], prompts: Tensor, dtype: torch.dt
         noise=noise,
         input_noise=noise,
         timesteps=torch.tensor(timesteps),
-        prompts=prompts.to(dtype),
+        conditions=Conditions(prompts=prompts.to(dtype)),
         weights=torch.ones(size),
         names=tuple(f"{index}.png" for index in range(size)),
         positions=tuple(range(size)),
@@ -44,7 +44,7 @@ def naive_loss(denoiser: nn.Module, batch: Batch, scheduler: DDPMScheduler, gamm
         noisy = scheduler.add_noise(latents, noise, step)
         is_v = scheduler.config.prediction_type == "v_prediction"
         wanted = scheduler.get_velocity(latents, noise, step) if is_v else noise
-        prediction = denoiser(noisy, step, batch.prompts[index : index + 1])
+        prediction = denoiser(noisy, step, batch.conditions.prompts[index : index + 1])
         loss = float(((prediction - wanted) ** 2).mean())
         if gamma is not None:
             snr = alpha / (1 - alpha)
@@ -103,7 +103,7 @@ def test_min_snr_weight_is_finite_where_no_signal_is_left(kind: str, expected: f
 
 def test_perturbed_input_keeps_its_target() -> None:
     class Echo(nn.Module):
-        def forward(self, noisy: Tensor, timesteps: Tensor, prompts: Tensor) -> Tensor:
+        def forward(self, noisy: Tensor, timesteps: Tensor, prompt_embeds: Tensor) -> Tensor:
             return noisy
 
     scheduler = DDPMScheduler()
@@ -118,7 +118,7 @@ def test_perturbed_input_keeps_its_target() -> None:
 
 def test_a_perfect_prediction_costs_nothing() -> None:
     class Oracle(nn.Module):
-        def forward(self, noisy: Tensor, timesteps: Tensor, prompts: Tensor) -> Tensor:
+        def forward(self, noisy: Tensor, timesteps: Tensor, prompt_embeds: Tensor) -> Tensor:
             return batch.noise
 
     batch = make_batch(3, [1, 2, 3], torch.zeros(3, 77, 16))

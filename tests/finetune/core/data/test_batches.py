@@ -6,6 +6,7 @@ import dataclasses
 import json
 import shutil
 from collections.abc import Callable
+from operator import attrgetter
 from pathlib import Path
 
 import numpy as np
@@ -72,9 +73,9 @@ def test_four_times_one_is_one_times_four(make_batches: MakeBatches) -> None:
     together = make_batches(train_batch_size=4).update(2).batches
     apart = make_batches(train_batch_size=1, gradient_accumulation_steps=4).update(2).batches
     assert (len(together), len(apart)) == (1, 2)  # the last update of an epoch of ten is short
-    for name in ("latents", "noise", "timesteps", "prompts", "weights"):
-        joined = torch.cat([getattr(batch, name) for batch in apart])
-        assert torch.equal(getattr(together[0], name), joined)
+    for name in ("latents", "noise", "timesteps", "conditions.prompts", "weights"):
+        joined = torch.cat([attrgetter(name)(batch) for batch in apart])
+        assert torch.equal(attrgetter(name)(together[0]), joined)
 
 
 def test_two_processes_share_what_one_would_take(make_batches: MakeBatches) -> None:
@@ -103,7 +104,7 @@ def test_captions_stay_with_their_images(make_batches: MakeBatches, toy_sd: Path
     embeds = encode_prompts(load_models(str(toy_sd)), captions)
     for number in range(3):
         (batch,) = batches.update(number).batches
-        for name, prompt in zip(batch.names, batch.prompts, strict=True):
+        for name, prompt in zip(batch.names, batch.conditions.prompts, strict=True):
             assert torch.equal(prompt, embeds[int(name[:2]) % 3])
 
 
@@ -130,7 +131,7 @@ def test_the_posterior_is_sampled_anew_each_epoch(make_batches: MakeBatches) -> 
 def test_dropped_captions_become_the_empty_one(make_batches: MakeBatches, toy_sd: Path) -> None:
     batches = make_batches({"caption_dropout": 0.5}, train_batch_size=10)
     empty = encode_prompts(load_models(str(toy_sd)), [""])[0]
-    prompts = torch.cat([batches.update(number).batches[0].prompts for number in range(10)])
+    prompts = torch.cat([batches.update(number).batches[0].conditions.prompts for number in range(10)])
     dropped = sum(torch.equal(prompt, empty) for prompt in prompts)
     assert 30 < dropped < 70
 

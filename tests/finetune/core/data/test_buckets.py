@@ -224,7 +224,7 @@ def rows_of(batches: list[Batch]) -> dict[int, tuple[object, ...]]:
     for batch in batches:
         for row, position in enumerate(batch.positions):
             if batch.weights[row]:
-                fields = [getattr(batch, name)[row] for name in ("latents", "noise", "timesteps", "prompts")]
+                fields = [batch.latents[row], batch.noise[row], batch.timesteps[row], batch.conditions.prompts[row]]
                 found[position] = (*(field.numpy().tobytes() for field in fields), batch.names[row])
     return found
 
@@ -286,7 +286,7 @@ def test_an_image_comes_with_its_own_caption(
         for batch in batches_of(batches, 2):
             channels, rows, columns = batch.latents.shape[1:]
             for row, position in enumerate(batch.positions):
-                (which,) = [place for place in range(10) if torch.equal(batch.prompts[row], embeds[place])]
+                (which,) = [place for place in range(10) if torch.equal(batch.conditions.prompts[row], embeds[place])]
                 flat = torch.full((1, 3, 4 * rows, 4 * columns), (10 + 24 * which) / 127.5 - 1)
                 moments = encode(models.vae, flat)
                 noise = draw(0, position, shape=(channels, rows, columns), num_timesteps=1000).latent_noise
@@ -301,11 +301,12 @@ def test_one_of_several_captions_is_drawn_by_position(build: Build, models: Mode
     batches = build(images=[image] * 12)
     again = build(images=[image] * 12)
     embeds = encode_prompts(models, image.captions)
-    rows = [row for batch in batches_of(batches, 5) for row in batch.prompts]
+    rows = [row for batch in batches_of(batches, 5) for row in batch.conditions.prompts]
     counts = Counter(next(place for place in range(3) if torch.equal(row, embeds[place])) for row in rows)
     assert min(counts.values()) > 10  # of 60; a third each on average
     assert all(
-        torch.equal(*pair) for pair in zip(rows, (r for b in batches_of(again, 5) for r in b.prompts), strict=True)
+        torch.equal(*pair)
+        for pair in zip(rows, (r for b in batches_of(again, 5) for r in b.conditions.prompts), strict=True)
     )
 
 
@@ -313,7 +314,7 @@ def test_where_the_text_encoder_learns_prompts_are_token_ids(build: Build, model
     words, embeds = build(learns_text=True), build()
     for one, two in zip(batches_of(words), batches_of(embeds), strict=True):
         captions = [f"level {10 + 24 * int(name[0])}" for name in one.names]
-        assert torch.equal(one.prompts, tokenize(models, captions))
+        assert torch.equal(one.conditions.prompts, tokenize(models, captions))
         assert torch.equal(one.latents, two.latents)
 
 
@@ -323,7 +324,7 @@ def test_a_dropped_caption_comes_back_in_another_epoch(build: Build, models: Mod
     (empty,) = encode_prompts(models, [""])
     kept = Counter()
     for batch in batches_of(batches, 12):
-        for name, prompt in zip(batch.names, batch.prompts, strict=True):
+        for name, prompt in zip(batch.names, batch.conditions.prompts, strict=True):
             kept[name] += not torch.equal(prompt, empty)
     assert set(kept) == {f"{number}.png" for number in range(10)}
     assert all(0 < count < 12 for count in kept.values())

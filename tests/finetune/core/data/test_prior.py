@@ -114,7 +114,7 @@ def one_by_one(update: Update, denoiser: torch.nn.Module, schedule: NoiseSchedul
             latents, noise = batch.latents[row : row + 1], batch.noise[row : row + 1]
             with torch.no_grad():
                 noisy = alpha**0.5 * latents + (1 - alpha) ** 0.5 * noise
-                found = denoiser(noisy, batch.timesteps[row : row + 1], batch.prompts[row : row + 1])
+                found = denoiser(noisy, batch.timesteps[row : row + 1], batch.conditions.prompts[row : row + 1])
             wanted = noise if batch.targets is None else batch.targets[row : row + 1]
             snr = alpha / (1 - alpha)
             weight = 1.0 if gamma is None else min(snr, gamma) / snr
@@ -175,8 +175,9 @@ def test_images_and_class_images_have_noise_of_their_own(make_prior: MakePrior) 
 def test_an_update_is_a_function_of_its_number(make_prior: MakePrior, source: str) -> None:
     _, both = make_prior(prior_source=source, adapts=False)
     first, again = (both.update(3).batches[0] for _ in range(2))
-    for field in ("latents", "noise", "timesteps", "prompts", "weights"):
+    for field in ("latents", "noise", "timesteps", "weights"):
         assert torch.equal(getattr(first, field), getattr(again, field))
+    assert torch.equal(first.conditions.prompts, again.conditions.prompts)
     assert first.names == again.names
 
 
@@ -200,12 +201,16 @@ def test_the_target_beside_the_images_is_what_the_base_model_predicts(
     base = load_models(str(toy_sd))
     with torch.no_grad():
         expected = Denoiser(base.text_encoder, base.unet)(
-            noisy_latents(opened.schedule, batch), batch.timesteps, batch.prompts
+            noisy_latents(opened.schedule, batch), batch.timesteps, batch.conditions.prompts
         )
     torch.testing.assert_close(batch.targets[4:], expected[4:], atol=1e-6, rtol=1e-5)
     images = target(opened.schedule, batch.latents, batch.noise, batch.timesteps)[:4]
     assert torch.equal(batch.targets[:4], images)
-    rows = {tuple(row.flatten().tolist()) for number in range(5) for row in both.update(number).batches[0].prompts[4:]}
+    rows = {
+        tuple(row.flatten().tolist())
+        for number in range(5)
+        for row in both.update(number).batches[0].conditions.prompts[4:]
+    }
     assert len(rows) == 3
 
 
@@ -229,8 +234,8 @@ def test_the_prompt_of_a_prior_row_depends_on_its_place_in_the_stream_alone(
     _, together = make_prior(**options)
     _, apart = make_prior(**options, train_batch_size=1, gradient_accumulation_steps=4, output_dir=tmp_path / "apart")
     (batch,) = together.update(1).batches
-    rows = torch.cat([one.prompts for one in apart.update(1).batches])
-    assert torch.equal(batch.prompts, torch.cat([rows[0::2], rows[1::2]]))
+    rows = torch.cat([one.conditions.prompts for one in apart.update(1).batches])
+    assert torch.equal(batch.conditions.prompts, torch.cat([rows[0::2], rows[1::2]]))
 
 
 def test_switching_adapters_off_leaves_them_as_they_were(make_prior: MakePrior) -> None:

@@ -118,7 +118,7 @@ def test_the_estimate_counts_the_largest_gradient(make_parts: Callable[..., Part
     parameters = list(learns.parameters.values())
 
     def loss(denoiser: nn.Module, batch: Batch) -> Tensor:
-        return denoiser(batch.latents, batch.timesteps, batch.prompts).mean(dim=(1, 2, 3))
+        return denoiser(batch.latents, batch.timesteps, batch.conditions.prompts).mean(dim=(1, 2, 3))
 
     fused = dataclasses.replace(config, fused_backward=True, max_grad_norm=0.0)
     batch = batches.update(0).batches[0]

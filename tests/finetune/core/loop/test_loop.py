@@ -84,7 +84,7 @@ def test_adapters_begin_as_the_base_model(make_parts: Callable[..., Parts], toy_
     (batch,) = batches.update(0).batches
     with torch.no_grad():
         predictions = [
-            Denoiser(one.text_encoder, one.unet)(batch.latents, batch.timesteps, batch.prompts)
+            Denoiser(one.text_encoder, one.unet)(batch.latents, batch.timesteps, batch.conditions.prompts)
             for one in (models, load_models(str(toy_sd)))
         ]
     assert torch.equal(*predictions)
@@ -255,7 +255,7 @@ def test_a_gradient_that_is_not_finite_stops_the_run(make_parts: Callable[..., P
     parts = make_parts()
 
     def steep(denoiser: torch.nn.Module, batch: Any) -> Tensor:
-        values = denoiser(batch.latents, batch.timesteps, batch.prompts).square().mean(dim=(1, 2, 3))
+        values = denoiser(batch.latents, batch.timesteps, batch.conditions.prompts).square().mean(dim=(1, 2, 3))
         return (values - values.detach()).sqrt()  # 0, with an infinite slope
 
     with pytest.raises(TisserandError, match=r"^step 1: the gradient is not finite"):

@@ -23,7 +23,7 @@ from finetune.core.start import start_run
 from finetune.diffusion.denoiser import Denoiser
 from finetune.diffusion.models import Models, load_models
 from finetune.diffusion.noise import from_scheduler
-from finetune.diffusion.text import encode_prompts
+from finetune.diffusion.text import Conditions, encode_prompts
 from finetune.lora import LoraRun, main
 
 
@@ -43,7 +43,7 @@ def make_batch(models: Models, size: int) -> Batch:
         noise=noise,
         input_noise=noise,
         timesteps=torch.full((size,), 500),
-        prompts=encode_prompts(models, ["sf_dry"] * size),
+        conditions=Conditions(prompts=encode_prompts(models, ["sf_dry"] * size)),
         weights=torch.ones(size),
         names=("a.png",) * size,
         positions=tuple(range(size)),

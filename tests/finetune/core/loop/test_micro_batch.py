@@ -47,7 +47,7 @@ AUTO = ("--train_batch_size", "auto", "--global_batch_size", 8)
 
 
 def quiet_loss(denoiser: nn.Module, batch: Batch) -> Tensor:
-    return denoiser(batch.latents, batch.timesteps, batch.prompts).square().mean(dim=(1, 2, 3))
+    return denoiser(batch.latents, batch.timesteps, batch.conditions.prompts).square().mean(dim=(1, 2, 3))
 
 
 def choose(parts: Parts, loss: Callable[[nn.Module, Batch], Tensor] = quiet_loss) -> int:
