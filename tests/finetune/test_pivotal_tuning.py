@@ -7,49 +7,25 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
+from word_runs import Train, trainer
 
 from configs.errors import UsageError
-from configs.load import load
 from data_prep.folders.run_folder import EMBEDDINGS_FILE, LORA_FILE
 from finetune.core.learns.words import ROWS
 from finetune.pivotal_tuning import PivotalTuningRun, main
-
-Train = Callable[..., Path]
 
 
 @pytest.fixture(scope="module")
 def train_in(toy_sd: Path, captioned_images: Path) -> Train:
     """Run the recipe in this process, with the pivot after step 3 of 6; options given again win."""
-    values = {
-        "pretrained_model_name_or_path": toy_sd,
-        "instance_data_dir": captioned_images,
-        "placeholder_token": "<x>",
-        "initializer_token": "a",
-        "num_vectors": 2,
-        "repeats": 1,
-        "token_steps": 3,
-        "rank": 2,
-        "seed": 0,
-        "max_train_steps": 6,
-        "train_batch_size": 4,
-        "checkpointing_steps": 1,
-        "learning_rate": 1e-2,
-        "report_to": "none",
-    }
-    arguments = [word for name, value in values.items() for word in (f"--{name}", str(value))]
-
-    def run(folder: Path, *more: object) -> Path:
-        main(load(PivotalTuningRun, [*arguments, "--output_dir", str(folder), *(str(word) for word in more)]))
-        return folder
-
-    return run
+    options = {"instance_data_dir": captioned_images, "token_steps": 3, "rank": 2, "checkpointing_steps": 1}
+    return trainer(main, PivotalTuningRun, toy_sd, **options)
 
 
 @pytest.fixture

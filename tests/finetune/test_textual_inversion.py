@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
 from dataclasses import fields
 from functools import partial
 from pathlib import Path
@@ -14,9 +13,9 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
+from word_runs import Train, trainer
 
 from configs.errors import InputError, UsageError
-from configs.load import load
 from data_prep.folders.run_folder import EMBEDDINGS_FILE
 from finetune.core.settings.methods import PriorConfig
 from finetune.diffusion.adapters import load_adapter, set_adapter_scale
@@ -24,35 +23,14 @@ from finetune.diffusion.config import SamplingConfig
 from finetune.diffusion.models import Models, load_models
 from finetune.textual_inversion import TextualInversionRun, main
 
-Train = Callable[..., Path]
 FAST = SamplingConfig(num_inference_steps=2, height=32, width=32, scheduler="model")
 
 
 @pytest.fixture(scope="module")
 def train_in(toy_sd: Path, captioned_images: Path) -> Train:
     """Run the recipe in this process; options given again win."""
-    values = {
-        "pretrained_model_name_or_path": toy_sd,
-        "train_data_dir": captioned_images,
-        "placeholder_token": "<x>",
-        "initializer_token": "a",
-        "num_vectors": 2,
-        "repeats": 1,
-        "seed": 0,
-        "max_train_steps": 6,
-        "train_batch_size": 4,
-        "checkpointing_steps": 2,
-        "logging_steps": 2,
-        "learning_rate": 1e-2,
-        "report_to": "none",
-    }
-    arguments = [word for name, value in values.items() for word in (f"--{name}", str(value))]
-
-    def run(folder: Path, *more: object) -> Path:
-        main(load(TextualInversionRun, [*arguments, "--output_dir", str(folder), *(str(word) for word in more)]))
-        return folder
-
-    return run
+    options = {"train_data_dir": captioned_images, "checkpointing_steps": 2, "logging_steps": 2}
+    return trainer(main, TextualInversionRun, toy_sd, **options)
 
 
 @pytest.fixture
