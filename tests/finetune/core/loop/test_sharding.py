@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 from safetensors.torch import load_file
+from split_runs import FULL, asked, launch, ranks, recorded
 from test_methods import PRIOR, run_recipe, words_of
-from test_processes import ROOT, rows, words
+from test_processes import ROOT, rows
 
 from configs.errors import UsageError
 from configs.load import load
@@ -21,58 +18,28 @@ from data_prep.folders.run_folder import LORA_FILE
 from finetune.core.loop.sharding import check_settings, is_asked
 from finetune.full import FullRun, main
 
-FULL = {"train_text_encoder": True, "use_ema": True, "train_batch_size": 1, "gradient_accumulation_steps": 2}
-# Runs the recipe and leaves how many of the weights its process held.
-RECORDER = """
-import json, os, sys
-from configs.load import load
-from finetune.core.loop import loop
-from finetune.full import FullRun, main
+# Counts the weights that a process holds, and those that it learns, after a step.
+WATCHING = """
+from torch.nn.modules.module import register_module_forward_hook
+from torch.optim.optimizer import register_optimizer_step_post_hook
+from finetune.diffusion.denoiser import Denoiser
 
-shard = loop.shard
+denoisers = []
 
-def watched(denoiser, learns, averages, accelerator):
-    whole = sum(value.numel() for value in denoiser.parameters())
-    shard(denoiser, learns, averages, accelerator)
-    held = sum(value.to_local().numel() for value in denoiser.parameters())
-    learned = sum(value.to_local().numel() for value in learns.parameters.values())
-    with open(f"{sys.argv[1]}/rank-{os.environ['RANK']}.json", "w") as stream:
-        json.dump({"whole": whole, "held": held, "learned": learned}, stream)
+def called(module, args, result):
+    if isinstance(module, Denoiser):
+        denoisers[:] = [module]
 
-loop.shard = watched
-main(load(FullRun, sys.argv[2:]))
+def stepped(optimizer, args, kwargs):
+    weights = list(denoisers[0].parameters())
+    learned = [value for group in optimizer.param_groups for value in group["params"]]
+    held["whole"] = sum(value.numel() for value in weights)
+    held["held"] = sum(value.to_local().numel() for value in weights)
+    held["learned"] = sum(value.to_local().numel() for value in learned)
+
+register_module_forward_hook(called)
+register_optimizer_step_post_hook(stepped)
 """
-
-
-def launch(*arguments: object, precision: str = "no") -> str:
-    """Start two processes with the config that users start GPUs with, and return what they printed."""
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--mixed_precision", precision]
-    config = ["--config_file", str(ROOT / "configs" / "accelerate" / "fsdp.yaml"), "--main_process_port", "0"]
-    done = subprocess.run(
-        [*command, *config, *map(str, arguments)],
-        cwd=ROOT,
-        env=os.environ | {"PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""},
-        capture_output=True,
-        text=True,
-        timeout=600,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
-
-
-def asked(toy_sd: Path, images: Path, folder: Path, **options: object) -> list[str]:
-    """Return a command line; options that are true become bare flags."""
-    flags = [f"--{name}" for name, value in options.items() if value is True]
-    return words(toy_sd, images, folder, **{k: v for k, v in options.items() if v is not True}) + flags
-
-
-@pytest.fixture(scope="module")
-def split(tmp_path_factory: pytest.TempPathFactory, toy_sd: Path, captioned_images: Path) -> Path:
-    """Return the folder of a run of two processes with two passes each; rank-0.json and rank-1.json lie beside it."""
-    folder = tmp_path_factory.mktemp("split")
-    (folder / "recorder.py").write_text(RECORDER)
-    launch(folder / "recorder.py", folder, *asked(toy_sd, captioned_images, folder / "run", **FULL))
-    return folder / "run"
 
 
 def differences(ours: Path, theirs: Path) -> dict[str, float]:
@@ -90,30 +57,69 @@ def differences(ours: Path, theirs: Path) -> dict[str, float]:
     return found
 
 
-def test_each_process_holds_its_share(split: Path) -> None:
-    ranks = [json.loads((split.parent / f"rank-{rank}.json").read_text()) for rank in (0, 1)]
-    assert [rank["held"] for rank in ranks] == [rank["learned"] for rank in ranks]
-    assert sum(rank["held"] for rank in ranks) == ranks[0]["whole"]
-    # Rows are split, so that of an odd number one process holds one more.
-    assert max(rank["held"] for rank in ranks) < 0.55 * ranks[0]["whole"]
-
-
-def test_a_split_run_leaves_what_one_process_does(
-    split: Path, toy_sd: Path, captioned_images: Path, tmp_path: Path
-) -> None:
-    main(load(FullRun, asked(toy_sd, captioned_images, tmp_path / "one", **{**FULL, "train_batch_size": 2})))
-    found = differences(split, tmp_path / "one")
+def check_one_process_leaves_the_same(split: Path, toy_sd: Path, images: Path, folder: Path) -> None:
+    """Run in this process, in ``folder``, what two processes did in ``split``, and compare what they left."""
+    main(load(FullRun, asked(toy_sd, images, folder, **{**FULL, "train_batch_size": 2})))
+    found = differences(split, folder)
     # What learned, the averages and the moments, in both checkpoints; three parts of the pipeline.
     assert sum(name.startswith("checkpoint") for name in found) == 6
     assert {name.split("/")[0] for name in found} == {"checkpoint-4", "checkpoint-6", "text_encoder", "unet", "vae"}
     # As for two processes that are not split: weights moved by about 3e-3, and differ by a thousandth of that.
     assert max(found.values()) < 3e-6
     assert found["vae/diffusion_pytorch_model.safetensors"] == 0
-    for ours, theirs in zip(rows(split), rows(tmp_path / "one"), strict=True):
+    for ours, theirs in zip(rows(split), rows(folder), strict=True):
         assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-5)
         assert ours["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=1e-4)
-    configs = [(folder / "unet" / "config.json").read_text() for folder in (split, tmp_path / "one")]
+    configs = [(run / "unet" / "config.json").read_text() for run in (split, folder)]
     assert configs[0] == configs[1]
+
+
+def check_it_goes_on_bitwise(config: str, done: int, split: Path, toy_sd: Path, images: Path, folder: Path) -> None:
+    """Go on in ``folder`` from the checkpoint of a split run, and compare the end."""
+    line = asked(toy_sd, images, folder, **FULL)
+    launch(config, ROOT / "finetune" / "full.py", *line, "--resume_from_checkpoint", split / f"checkpoint-{done}")
+    found = differences(folder, split)
+    assert set(found.values()) == {0.0}
+    assert len(found) == 3 + 3 * (done < 6)
+
+
+LARGEST = {"no": 1e-5, "bf16": 2e-3}
+"""By how much losses may differ, relative to each other, by precision.
+
+In bf16 a tiny gradient may turn its sign, and Adam makes as much of it as of any; losses show how little it is.
+"""
+
+
+def check_adapters_are_alike(split: Path, whole: Path, precision: str) -> None:
+    """Compare the adapters and the losses of two runs."""
+    ours, theirs = (load_file(folder / LORA_FILE) for folder in (split, whole))
+    assert ours.keys() == theirs.keys()
+    assert {value.dtype for value in ours.values()} == {torch.float32}
+    if precision == "no":
+        for name in ours:
+            torch.testing.assert_close(ours[name], theirs[name], atol=3e-6, rtol=0)
+    losses = [[row["loss"] for row in rows(folder)] for folder in (split, whole)]
+    assert losses[0] == pytest.approx(losses[1], rel=LARGEST[precision])
+
+
+@pytest.fixture(scope="module")
+def split(tmp_path_factory: pytest.TempPathFactory, toy_sd: Path, captioned_images: Path) -> Path:
+    """Return the folder of a run of two processes with two passes each."""
+    return recorded("fsdp", WATCHING, toy_sd, captioned_images, tmp_path_factory.mktemp("split"))
+
+
+def test_each_process_holds_its_share(split: Path) -> None:
+    both = ranks(split)
+    assert [rank["held"] for rank in both] == [rank["learned"] for rank in both]
+    assert sum(rank["held"] for rank in both) == both[0]["whole"]
+    # Rows are split, so that of an odd number one process holds one more.
+    assert max(rank["held"] for rank in both) < 0.55 * both[0]["whole"]
+
+
+def test_a_split_run_leaves_what_one_process_does(
+    split: Path, toy_sd: Path, captioned_images: Path, tmp_path: Path
+) -> None:
+    check_one_process_leaves_the_same(split, toy_sd, captioned_images, tmp_path / "one")
 
 
 @pytest.mark.slow
@@ -121,12 +127,7 @@ def test_a_split_run_leaves_what_one_process_does(
 def test_a_split_run_goes_on_bitwise(
     done: int, split: Path, toy_sd: Path, captioned_images: Path, tmp_path: Path
 ) -> None:
-    line = asked(toy_sd, captioned_images, tmp_path / "run", **FULL)
-    recipe = ROOT / "finetune" / "full.py"
-    launch(recipe, *line, "--resume_from_checkpoint", split / f"checkpoint-{done}")
-    found = differences(tmp_path / "run", split)
-    assert set(found.values()) == {0.0}
-    assert len(found) == 3 + 3 * (done < 6)
+    check_it_goes_on_bitwise("fsdp", done, split, toy_sd, captioned_images, tmp_path / "run")
 
 
 @pytest.mark.slow
@@ -137,26 +138,9 @@ def test_split_adapters_learn_as_those_that_are_not(
     options = {"train_text_encoder": True, "use_dora": True, "gradient_checkpointing": True, "train_batch_size": 2}
     line = asked(toy_sd, captioned_images, tmp_path / "split", **options)
     recipe = ROOT / "finetune" / "lora.py"
-    launch("--fsdp_reshard_after_forward", frees, recipe, *line, precision=precision)
-    config = ["--config_file", str(ROOT / "configs" / "accelerate" / "multi_gpu.yaml"), "--main_process_port", "0"]
-    whole = [*line, "--output_dir", str(tmp_path / "whole")]
-    subprocess.run(
-        [sys.executable, "-m", "accelerate.commands.launch", "--mixed_precision", precision, *config, recipe, *whole],
-        cwd=ROOT,
-        env=os.environ | {"PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""},
-        check=True,
-        timeout=600,
-    )
-    ours, theirs = (load_file(tmp_path / name / LORA_FILE) for name in ("split", "whole"))
-    assert ours.keys() == theirs.keys()
-    assert {value.dtype for value in ours.values()} == {torch.float32}
-    if precision == "no":
-        for name in ours:
-            torch.testing.assert_close(ours[name], theirs[name], atol=3e-6, rtol=0)
-    # In bf16 a tiny gradient may turn its sign, and Adam makes as much of it as of any; losses show how little it is.
-    largest = {"no": 1e-5, "bf16": 2e-3}[precision]
-    losses = [[row["loss"] for row in rows(tmp_path / name)] for name in ("split", "whole")]
-    assert losses[0] == pytest.approx(losses[1], rel=largest)
+    launch("fsdp", "--fsdp_reshard_after_forward", frees, recipe, *line, precision=precision)
+    launch("multi_gpu", recipe, *line, "--output_dir", tmp_path / "whole", precision=precision)
+    check_adapters_are_alike(tmp_path / "split", tmp_path / "whole", precision)
 
 
 @pytest.mark.slow
@@ -167,7 +151,7 @@ def test_a_subject_and_its_class_are_learned_split_as_whole(
     line = words_of(recipe, toy_sd, captioned_images, tmp_path) + PRIOR.format(root=tmp_path).split()
     line += ["--train_text_encoder", "--use_ema", "--learning_rate", "1e-3"]
     halves = ["--train_batch_size", "1", "--gradient_accumulation_steps", "2"]
-    launch(ROOT / "finetune" / f"{recipe}.py", *line, *halves)
+    launch("fsdp", ROOT / "finetune" / f"{recipe}.py", *line, *halves)
     run_recipe(recipe, [*line, "--output_dir", str(tmp_path / "one")])
     assert max(differences(tmp_path / "run", tmp_path / "one").values()) < 1e-5
 
