@@ -1,6 +1,6 @@
-"""The noise schedule as a value, and the random draws of one image as a function of its place in the stream.
+"""The noise schedule as a value: how much of an image is left at each timestep, and noise added to it.
 
-Shapes: images B, training timesteps T, latents (B, 4, h, w). Notation: Ho et al. 2020 (arXiv:2006.11239).
+Shapes: B is the number of images, T that of training timesteps, latents are (B, 4, h, w). Notation: Ho et al. 2020 (arXiv:2006.11239).
 """
 
 from __future__ import annotations
