@@ -1,6 +1,7 @@
 """The noise schedule as a value: how much of an image is left at each timestep, and noise added to it.
 
-Shapes: B is the number of images, T that of training timesteps, latents are (B, 4, h, w). Notation: Ho et al. 2020 (arXiv:2006.11239).
+Shapes: B is the number of images, T that of training timesteps, latents are (B, 4, h, w). Notation: Ho et al. 2020
+(arXiv:2006.11239).
 """
 
 from __future__ import annotations
