@@ -163,7 +163,9 @@ def test_several_adapters_have_each_its_strength_and_its_record(toy_sd: Path, tm
     # The second lies on the same layers and is out altogether.
     without = load_tuned(str(toy_sd), [runs[0], runs[2]], (0.7, 1.0)).models
     again = sample(without, [("a <x>", 0)], SamplingConfig(num_inference_steps=2, height=32, width=32))
-    assert np.array_equal(np.asarray(Image.open(tmp_path / "out" / str(record["file_name"]))), again[0])
+    # The command folds adapters into the weights, which rounds otherwise: a grey level at most.
+    drawn = np.asarray(Image.open(tmp_path / "out" / str(record["file_name"]))).astype(int)
+    assert np.abs(drawn - again[0]).max() <= 1
 
 
 def test_a_run_that_learned_a_word_and_a_lora_is_two_files(toy_sd: Path, tmp_path: Path) -> None:

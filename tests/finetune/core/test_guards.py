@@ -263,12 +263,12 @@ class Copies(TorchFunctionMode):
 def watched(spent: Spent) -> Iterator[None]:
     """Fill in what is spent, step by step."""
 
-    def called(module: nn.Module, args: Any, result: Any) -> None:
+    def called(module: nn.Module, args: Any, named: Any, result: Any) -> None:
         name = type(module).__name__
         spent.calls[-1][name] += 1
         spent.parts[name] = module
         if name == "Denoiser" and spent.waste is not None:
-            spent.waste(module, args, result)
+            spent.waste(module, (args, named), result)
         if name == "CLIPTextModel":
             spent.texts[-1].append(args[0])
 
@@ -286,7 +286,7 @@ def watched(spent: Spent) -> Iterator[None]:
         ):
             entries.append(empty)  # type: ignore[attr-defined]
 
-    hooks = [register_module_forward_hook(called), register_optimizer_step_post_hook(stepped)]
+    hooks = [register_module_forward_hook(called, with_kwargs=True), register_optimizer_step_post_hook(stepped)]
     try:
         with FlopCounterMode(display=False) as counted, Operations(spent), Copies(spent):
             yield
@@ -433,7 +433,7 @@ def list_the_prediction(patch: pytest.MonkeyPatch, spent: Spent) -> None:
 
 
 def predict_twice(patch: pytest.MonkeyPatch, spent: Spent) -> None:
-    spent.waste = lambda denoiser, given, predicted: denoiser.forward(*given)
+    spent.waste = lambda denoiser, given, predicted: denoiser.forward(*given[0], **given[1])
 
 
 def train_one_more_tensor(patch: pytest.MonkeyPatch, spent: Spent) -> None:
